@@ -1,0 +1,247 @@
+"""Agent: the base of everything that decides, and the plain data by which it says what it needs.
+
+Called by the spec (needs), the controller (predict, update) and `learn`. Stable-Baselines3's `predict` is kept to
+the letter, so that one of its models can serve as agent.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.errors import InputError, unknown_name
+
+__all__ = ["Actions", "Agent", "Array", "Base", "Needs", "Timing", "State"]
+
+Array = npt.NDArray[np.float64]
+State = tuple[npt.NDArray[Any], ...]
+
+_ACTION_KINDS = {
+    "multiply": "an index into `factors`; the setting is multiplied by that factor",
+    "decades": "a number; the setting is multiplied by ten to its power",
+    "set": "a number; the setting becomes it",
+}
+
+
+@dataclass(frozen=True)
+class Actions:
+    """How an action becomes a setting; one number per run and knob.
+
+    Attributes:
+        kind: "multiply": an index into `factors`. "decades": a move of log10 of the setting in [low, high].
+            "set": the setting itself.
+        factors: For "multiply"; one of them is 1, which is "no change".
+        low: For "decades", smallest move.
+        high: For "decades", largest move.
+
+    Raises:
+        InputError: The kind is unknown, a factor is not positive, or none of them is 1.
+    """
+
+    kind: str = "multiply"
+    factors: tuple[float, ...] = ()
+    low: float = -2.0
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in _ACTION_KINDS:
+            raise unknown_name("kind of action", self.kind, _ACTION_KINDS)
+        if self.kind == "multiply" and (1.0 not in self.factors or not all(0 < f < np.inf for f in self.factors)):
+            raise InputError(f"action factors {list(self.factors)}; expected positive numbers, one of them 1 (no change)")
+        if self.kind == "decades" and not self.low < 0 < self.high:
+            raise InputError(f"action moves in [{self.low}, {self.high}]; expected low < 0 < high")
+
+    def decode(self, action: npt.NDArray[Any], setting: Array) -> Array:
+        """The setting that an action asks for; both (R,)."""
+        if self.kind == "multiply":
+            return np.asarray(setting * np.asarray(self.factors)[action.astype(np.int64)])
+        if self.kind == "decades":
+            return np.asarray(setting * 10.0 ** np.clip(action, self.low, self.high))
+        return np.asarray(action, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When an agent decides, in optimizer steps.
+
+    Attributes:
+        every: Steps between decisions, or "epoch"; None shares what the early decisions leave of the budget in
+            `n_decisions` equal parts.
+        n_decisions: For `every=None`.
+        early_decisions: Decisions taken first, each after `early_share` of the budget, at least 2 steps.
+        early_share: See above.
+        unknown_every: Steps between decisions where `every` is None and the budget is unknown.
+    """
+
+    every: int | str | None = 10
+    n_decisions: int = 32
+    early_decisions: int = 0
+    early_share: float = 0.01
+    unknown_every: int = 50
+
+    def __post_init__(self) -> None:
+        every = self.every
+        whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+        if not (every is None or every == "epoch" or whole):
+            raise InputError(f"every is {every!r}; expected a number of optimizer steps of 1 or more, or 'epoch'")
+        if self.n_decisions < 1 or self.early_decisions < 0 or not 0 < self.early_share < 1 or self.unknown_every < 1:
+            raise InputError(f"{self}: expected n_decisions >= 1, early_decisions >= 0, 0 < early_share < 1")
+
+    def next_decision(self, index: int, step: int, total_steps: int | None, epoch_steps: int | None) -> int:
+        """Number of steps after which decision `index` is taken, when `step` have been.
+
+        Args:
+            index: Number of the coming decision, from 0.
+            step: Optimizer steps taken.
+            total_steps: The budget, or None; the last decision falls on it.
+            epoch_steps: Steps of an epoch, needed for "epoch".
+        """
+        if index < self.early_decisions:
+            length = 2 if total_steps is None else max(2, round(self.early_share * total_steps))
+        elif self.every == "epoch":
+            length = epoch_steps or 1
+        elif isinstance(self.every, int):
+            length = self.every
+        elif total_steps is None:
+            length = self.unknown_every
+        else:
+            early = self.early_decisions * max(2, round(self.early_share * total_steps))
+            length = max(2, round((total_steps - early) / self.n_decisions))
+        end = step + max(1, length)
+        return end if total_steps is None or step >= total_steps else min(end, total_steps)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The schedule under the controller: the rate written is the setting times its factor.
+
+    Attributes:
+        name: A name in `trimtab.agents.scripted.SCHEDULES`.
+        options: The schedule's options.
+    """
+
+    name: str = "constant"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an agent asks of the spec that connects it to a run.
+
+    Attributes:
+        signals: Names of the signals it observes, in order.
+        actions: How its actions become settings.
+        timing: When it decides.
+        base: The schedule under it.
+    """
+
+    signals: tuple[str, ...] = ()
+    actions: Actions = field(default_factory=lambda: Actions("multiply", (1.0,)))
+    timing: Timing = field(default_factory=Timing)
+    base: Base = field(default_factory=Base)
+
+
+class Agent(ABC):
+    """Maps observations to actions, and may learn from what follows.
+
+    Attributes:
+        name: Name in the registry.
+        is_learned: Whether it has memory that experience changes.
+        decides: Whether it ever asks for anything but "no change"; False for a plain schedule.
+    """
+
+    name: str
+    is_learned: ClassVar[bool] = False
+    decides: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What this agent asks of its spec."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, JSON-able, but for `seed` and `n_knobs`: what makes the agent again."""
+        return {}
+
+    @abstractmethod
+    def predict(
+        self,
+        observation: Array,
+        state: State | None = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[Any], State | None]:
+        """Choose an action for each run.
+
+        Args:
+            observation: Signals; (R, S).
+            state: What `predict` returned before, for agents that remember within a run; None at the start.
+            episode_start: True where a run has just begun; (R,).
+            deterministic: Take the best known action instead of exploring.
+
+        Returns:
+            The actions (R, K), and the state to hand in next time.
+        """
+
+    def initial_setting(self, optimizer: str) -> float | None:
+        """Learning rate to start from instead of the user's, by the optimizer's class name; None keeps the user's."""
+        del optimizer
+        return None
+
+    def reseed(self, seed: int) -> None:
+        """Begin exploration anew from a seed; agents that draw nothing have nothing to do."""
+        del seed
+
+    def update(
+        self,
+        observation: Array,
+        action: npt.NDArray[Any],
+        reward: Array,
+        next_observation: Array,
+        terminated: npt.NDArray[np.bool_],
+    ) -> None:
+        """Learn from one transition of each run; agents that learn nothing within a run ignore it.
+
+        Args:
+            observation: (R, S).
+            action: (R, K).
+            reward: (R,).
+            next_observation: (R, S).
+            terminated: (R,); no value follows.
+        """
+
+    def learn(self, env: Any, total_timesteps: int) -> Agent:
+        """Learn by acting in a Gymnasium environment.
+
+        Raises:
+            InputError: This agent learns nothing.
+        """
+        del env, total_timesteps
+        raise InputError(f"agent {self.name!r} does not learn; use it as it is")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that experience changed, as tensors and JSON scalars."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`.
+
+        Raises:
+            InputError: The state does not fit this agent; nothing is changed.
+        """
+        if state:
+            raise InputError(f"agent {self.name!r} has no state to load, got keys {sorted(state)}")
+
+
+def keep_actions(actions: Actions, observation: Array, n_knobs: int) -> npt.NDArray[Any]:
+    """"No change" for every run and knob, in the form of these actions; (R, K)."""
+    shape = (observation.shape[0], n_knobs)
+    if actions.kind == "multiply":
+        return np.full(shape, actions.factors.index(1.0), dtype=np.int64)
+    return np.zeros(shape)

@@ -1,0 +1,281 @@
+"""The command line: `trimtab run | report | list | show`.
+
+Nothing here imports torch, NumPy or matplotlib before a command needs them, so that help and lists are quick.
+This is the one place that reads an environment variable (TRIMTAB_DATA) and that turns errors into exit codes:
+0 all done, 1 something that was asked for failed, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from trimtab import registry
+from trimtab.errors import InputError, TrimtabError, unknown_name
+
+__all__ = ["app", "main"]
+
+DATA_VARIABLE = "TRIMTAB_DATA"
+_KINDS = ("tasks", "agents", "knobs", "signals", "rewards")
+_LISTS = (*_KINDS, "arms", "studies", "brains", "experience")
+# What typer raises on a wrong command line; older typers have it from click, newer ones bring their own.
+_UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    name="trimtab",
+    help="Controllers of hyperparameters while a model trains, and experiments that say whether they help.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of the command `trimtab`.
+
+    Args:
+        args: Words of the command line; those of this process where it is None.
+
+    Raises:
+        SystemExit: Always, with the exit code.
+    """
+    try:
+        code = app(args=args, prog_name="trimtab", standalone_mode=False)
+    except _UsageError as error:
+        Console(stderr=True, highlight=False).print(
+            f"trimtab: {error.format_message()} (trimtab --help says what is known)",
+            markup=False,
+            soft_wrap=True,
+        )
+        code = _BAD_INPUT
+    except (typer.Abort, KeyboardInterrupt):
+        code = _INTERRUPTED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _guarded(action: Callable[[], int], how_to_resume: str = "") -> None:
+    """Run a command's work and end with its exit code; an error of ours is one message, not a traceback."""
+    screen = Console(stderr=True, highlight=False)
+    try:
+        code = action()
+    except TrimtabError as error:
+        screen.print(f"trimtab: {error}", markup=False, soft_wrap=True)
+        code = _BAD_INPUT if isinstance(error, InputError) else _FAILED
+        if code == _FAILED and how_to_resume:
+            screen.print(f"what is done is kept; go on with: {how_to_resume}", markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        then = f"; what is done is kept, go on with: {how_to_resume}" if how_to_resume else ""
+        screen.print(f"trimtab: interrupted{then}", markup=False, soft_wrap=True)
+        code = _INTERRUPTED
+    raise typer.Exit(code)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            version = metadata.version("trimtab")
+        except metadata.PackageNotFoundError:
+            version = "(run from source, not installed)"
+        Console().print(f"trimtab {version}", highlight=False)
+        raise typer.Exit(0)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    del version  # done by its callback
+    if context.invoked_subcommand is None:
+        Console().print(context.get_help(), markup=False, highlight=False)
+        raise typer.Exit(_BAD_INPUT)
+
+
+@app.command("run")
+def run_command(  # noqa: PLR0913 (one argument for each option of the command)
+    study: Annotated[str, typer.Argument(metavar="STUDY|FILE.yaml", help="A study of ours, or a file.")],
+    scale: Annotated[str, typer.Option(help="smoke, small or full.")] = "small",
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks, with commas between them.")] = None,
+    arms: Annotated[str | None, typer.Option(help="Only these arms, with commas between them.")] = None,
+    n_seeds: Annotated[int | None, typer.Option(help="Seeds, instead of the study's number.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Root seed, instead of the study's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; runs/STUDY if not given.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help=f"Folder with data sets; ${DATA_VARIABLE} if not given.")
+    ] = None,
+    executor: Annotated[str, typer.Option(help="local, or ray (not available yet).")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes at once; one for each core if not given, 0: in this one.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what is in --out.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Not available yet.")] = False,
+) -> None:
+    """Run a study: arms x tasks x seeds, and its report."""
+    given: dict[str, Any] = {
+        "scale": None if scale == "small" else scale,
+        "tasks": tasks,
+        "arms": arms,
+        "n-seeds": n_seeds,
+        "seed": seed,
+        "out": out,
+        "data-dir": data_dir,
+        "workers": workers,
+    }
+
+    def action() -> int:
+        from trimtab.experiments.progress import make_display
+        from trimtab.experiments.run import run
+
+        if tensorboard:
+            raise InputError("--tensorboard is not available in this version; leave it out")
+        folder = data_dir
+        if folder is None and os.environ.get(DATA_VARIABLE):
+            folder = Path(os.environ[DATA_VARIABLE])
+        outcome = run(
+            study,
+            scale=scale,
+            tasks=None if tasks is None else tasks.split(","),
+            arms=None if arms is None else arms.split(","),
+            n_seeds=n_seeds,
+            seed=seed,
+            out=out,
+            data_dir=folder,
+            executor=executor,
+            workers=workers,
+            resume=resume,
+            display=make_display(Console(stderr=True)),
+        )
+        screen = Console(stderr=True, highlight=False)
+        _print_summary(outcome.out)
+        for task, why in outcome.left_out.items():
+            screen.print(f"left out: {task}: {why}", markup=False, soft_wrap=True)
+        for directory, why in outcome.failed.items():
+            screen.print(f"failed: {directory}: {why}", markup=False, soft_wrap=True)
+        if outcome.failed:
+            again = _command_line(study, given)
+            screen.print(
+                f"{len(outcome.failed)} of {outcome.n_runs} runs failed; try them again with: {again}",
+                markup=False,
+                soft_wrap=True,
+            )
+        Console().print(f"report: {outcome.report}", markup=False, highlight=False, soft_wrap=True)
+        return outcome.exit_code
+
+    _guarded(action, _command_line(study, given))
+
+
+@app.command("report")
+def report_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study.")],
+    compare: Annotated[list[Path] | None, typer.Option(help="Not available yet.")] = None,
+) -> None:
+    """(Re)write the report of a study from its run directories alone."""
+
+    def action() -> int:
+        if compare:
+            raise InputError("--compare is not available in this version; report each folder by itself")
+        _check_study(directory)
+        from trimtab.experiments import report
+
+        path = report.write(directory)
+        _print_summary(directory)
+        Console().print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+        return 0
+
+    _guarded(action)
+
+
+@app.command("list")
+def list_command(
+    what: Annotated[str, typer.Argument(metavar="|".join(_LISTS), help="What to list.")],
+) -> None:
+    """List what has a name."""
+
+    def action() -> int:
+        if what not in _LISTS:
+            raise unknown_name("list", what, _LISTS)
+        rows = _rows(what)
+        console = Console(highlight=False)
+        if isinstance(rows, str):
+            console.print(rows, markup=False, soft_wrap=True)
+            return 0
+        width = max(len(name) for name in rows)
+        for name, description in rows.items():
+            console.print(f"{name:<{width}}  {description}", markup=False, soft_wrap=True)
+        return 0
+
+    _guarded(action)
+
+
+@app.command("show")
+def show_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR|BRAIN", help="Folder of a study, or of a brain.")],
+) -> None:
+    """Show what a folder holds: a study's plan and state, or where a brain comes from."""
+
+    def action() -> int:
+        from trimtab.experiments.show import show
+
+        show(directory, Console(highlight=False))
+        return 0
+
+    _guarded(action)
+
+
+def _rows(what: str) -> dict[str, str] | str:
+    """Name -> description of one list, or a sentence where there is nothing to list."""
+    if what == "experience":
+        return "no experience is stored: this version keeps none"
+    if what == "brains":
+        return "no brains are shipped yet; RLScheduler's brain='default' is the rule uwhg"
+    if what == "studies":
+        from trimtab.experiments.design import study_names
+        from trimtab.experiments.schema import read_yaml
+
+        return {name: str(read_yaml(path).get("idea")) for name, path in study_names().items()}
+    if what == "arms":
+        rows = {
+            name: entry.description for name, entry in registry.entries("agent").items() if name != "replay"
+        }
+        rows["placebo:ARM"] = "ARM decides, and only its base schedule is written"
+        rows["yoked:ARM"] = "replays, without looking, the decisions ARM took under another seed"
+        rows["tuned-ARM"] = "a baseline at the rate that a study's `tuning` chose on other seeds"
+        return rows
+    kind = what.removesuffix("s")
+    return {name: entry.description for name, entry in sorted(registry.entries(kind).items())}
+
+
+def _check_study(directory: Path) -> None:
+    if not (directory / "study.json").is_file():
+        raise InputError(
+            f"there is no study in {directory}: expected study.json in it, as `trimtab run` writes it"
+        )
+
+
+def _command_line(study: str, given: dict[str, Any]) -> str:
+    """The command that goes on with a study, with the options that it was begun with."""
+    words = ["trimtab", "run", study]
+    for name, value in given.items():
+        words += [] if value is None else [f"--{name}", str(value)]
+    return shlex.join([*words, "--resume"])
+
+
+def _print_summary(out: Path) -> None:
+    """A short table: what each arm reached, and what its interval says."""
+    from trimtab.experiments.show import summary_table
+
+    table: Table | None = summary_table(out)
+    if table is not None:
+        Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

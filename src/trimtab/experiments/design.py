@@ -1,0 +1,343 @@
+"""From a study's name or file, and what the caller asks for, to a resolved, frozen Study.
+
+Called by trimtab.experiments.run and by the command line. A Study says everything that decides the numbers of
+a study; trimtab.experiments.plan turns it into jobs. Nothing here imports torch, so that listing stays quick.
+
+Arms: a registered agent's name, or a mapping that gives an agent another id, base, options, rate, reward;
+`placebo:ARM` and `yoked:ARM` of any of them; and `tuned-ARM`, which the study's `tuning` produces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from trimtab import registry
+from trimtab.errors import InputError, unknown_name
+from trimtab.experiments.schema import ArmSpec, StudyFile, parse_study, read_yaml
+
+__all__ = ["Arm", "Study", "Tuning", "load_study", "study_names"]
+
+# Open loop: what they write follows from the step alone.
+BASELINES = ("constant", "step", "exponential", "cosine", "wsd", "default-cosine")
+# They look, by a rule that learns nothing. Any other agent, also one of another package, is taken to learn.
+_RULES = ("uwhg", "plateau", "random")
+# What a controller may sit on.
+_BASES = ("constant", "step", "exponential", "cosine", "wsd")
+# What goes to every job as it is in the file.
+_SETTINGS = ("total_steps", "every", "weight_decay", "optimizer", "device", "precision", "threads")
+_DERIVED = ("placebo", "yoked")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the comparison.
+
+    Attributes:
+        id: Its name in the study.
+        agent: Registered name of the agent; a yoked arm's is "replay".
+        kind: "baseline", "rule", "learned", "placebo" or "yoked".
+        of: The arm that a placebo or yoked arm belongs to.
+        base: The schedule under the agent, which is what no change leaves; None is the agent's own.
+        options: The agent's own options.
+        lr: Initial rate by task; None leaves it to the task, or to the agent (default-cosine).
+        reward: Registered name of the reward; None where nothing is rewarded or the agent's own holds.
+        learn_runs: Runs that the arm learns on before each run that counts.
+    """
+
+    id: str
+    agent: str
+    kind: str
+    of: str | None
+    base: str | None
+    options: Mapping[str, Any]
+    lr: Mapping[str, float | None]
+    reward: str | None
+    learn_runs: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The search for one baseline's rate: which arm it makes, from which rates, on how many seeds."""
+
+    arm: Arm
+    lrs: tuple[float, ...]
+    n_seeds: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that decides the numbers of a study; the keys are those of a study file.
+
+    `arms` leaves the tuned arm out, which is `tuning.arm`; `support` holds arms that are not in the study but
+    that a yoked arm needs. `left_out` holds optional tasks whose data was not found, with the reason.
+    """
+
+    study: str
+    idea: str
+    scale: str
+    root_seed: int
+    n_seeds: int
+    tasks: tuple[str, ...]
+    optional_tasks: tuple[str, ...]
+    benchmark_tasks: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    support: tuple[Arm, ...]
+    tuning: Tuning | None
+    sensitivity_lrs: tuple[float, ...]
+    sensitivity_seeds: int
+    settings: Mapping[str, Any]
+    user_config: Mapping[str, Any]
+    final_info: bool
+    left_out: tuple[Mapping[str, str], ...] = field(default=())
+
+    def leave_out(self, task: str, why: str) -> Study:
+        """The study without one of its optional tasks."""
+        return replace(
+            self,
+            optional_tasks=tuple(name for name in self.optional_tasks if name != task),
+            benchmark_tasks=tuple(name for name in self.benchmark_tasks if name != task),
+            left_out=(*self.left_out, {"task": task, "why": why}),
+        )
+
+
+def study_names() -> dict[str, Path]:
+    """The studies that come with trimtab: name -> file."""
+    folder = Path(str(resources.files("trimtab.experiments") / "studies"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_study(
+    name_or_path: str | Path,
+    *,
+    scale: str = "small",
+    tasks: Sequence[str] | None = None,
+    arms: Sequence[str] | None = None,
+    n_seeds: int | None = None,
+    seed: int | None = None,
+) -> Study:
+    """Read a study and resolve it with what the caller asks for.
+
+    Args:
+        name_or_path: One of ours, or a YAML file.
+        scale: "smoke", "small" or "full".
+        tasks: Run these tasks alone; their data must be there.
+        arms: Run these arms alone: of the study, of its tuning, or any registered agent.
+        n_seeds: Instead of the study's number of seeds.
+        seed: Instead of the study's root seed.
+
+    Raises:
+        InputError: The study, or what was asked of it, is wrong.
+    """
+    path = _find(name_or_path)
+    where = path.name
+    file = parse_study(read_yaml(path), where, scale)
+    changes: dict[str, Any] = {}
+    if tasks is not None:
+        changes |= {"tasks": tuple(_check_list("tasks", tasks)), "optional_tasks": ()}
+        changes["benchmark_tasks"] = tuple(name for name in file.benchmark_tasks if name not in tasks)
+    if n_seeds is not None:
+        changes["n_seeds"] = _at_least("n_seeds", n_seeds, 1)
+    if seed is not None:
+        changes["seed"] = _at_least("seed", seed, 0)
+    file = file.model_copy(update=changes)
+    _check_tasks(file, where)
+    return _Resolver(file, where, None if arms is None else _check_list("arms", arms)).study(scale)
+
+
+def _find(name_or_path: str | Path) -> Path:
+    ours = study_names()
+    text = str(name_or_path)
+    if text in ours:
+        return ours[text]
+    if text.endswith((".yaml", ".yml")) or "/" in text or isinstance(name_or_path, Path):
+        path = Path(text)
+        if not path.is_file():
+            raise InputError(f"there is no study file {path}; give a YAML file, or one of: {', '.join(ours)}")
+        return path
+    raise unknown_name("study", text, ours)
+
+
+def _check_list(key: str, given: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in given]
+    if not names or not all(names):
+        raise InputError(f"{key}: got an empty name, expected names with commas between them")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{key}: {twice[0]!r} is there twice")
+    return names
+
+
+def _at_least(key: str, given: int, least: int) -> int:
+    if isinstance(given, bool) or not isinstance(given, int) or given < least:
+        raise InputError(f"{key}: got {given!r}, expected a whole number of at least {least}")
+    return given
+
+
+def _check_tasks(file: StudyFile, where: str) -> None:
+    known = registry.names("task")
+    for key in ("tasks", "optional_tasks", "benchmark_tasks"):
+        for name in getattr(file, key):
+            if name not in known:
+                raise unknown_name("task", name, known)
+    every = (*file.tasks, *file.optional_tasks, *file.benchmark_tasks)
+    twice = sorted({name for name in every if every.count(name) > 1})
+    if twice:
+        raise InputError(
+            f"{where}: the task {twice[0]!r} is there twice (tasks, optional_tasks, benchmark_tasks)"
+        )
+
+
+class _Resolver:
+    """Turns the arms of one study file into resolved arms."""
+
+    def __init__(self, file: StudyFile, where: str, wanted: list[str] | None) -> None:
+        self._file = file
+        self._where = where
+        self._specs = {spec.id: spec for spec in file.arms}
+        self._agents = registry.names("agent")
+        self._tuned_id = f"tuned-{file.tuning.arm}" if file.tuning else None
+        if len(self._specs) < len(file.arms):
+            ids = [spec.id for spec in file.arms]
+            raise InputError(f"{where}: arms: {next(i for i in ids if ids.count(i) > 1)!r} is there twice")
+        everything = [*self._specs, *([self._tuned_id] if self._tuned_id else [])]
+        self._wanted = everything if wanted is None else wanted
+
+    def study(self, scale: str) -> Study:
+        """The whole study."""
+        file = self._file
+        arms = tuple(self._arm(name) for name in self._wanted if name != self._tuned_id)
+        ids = {arm.id for arm in arms}
+        needed = sorted({arm.of for arm in arms if arm.kind == "yoked" and arm.of not in ids and arm.of})
+        tuning = self._tuning() if self._tuned_id in self._wanted else None
+        return Study(
+            study=file.study,
+            idea=file.idea,
+            scale=scale,
+            root_seed=file.seed,
+            n_seeds=file.n_seeds,
+            tasks=file.tasks,
+            optional_tasks=file.optional_tasks,
+            benchmark_tasks=file.benchmark_tasks,
+            arms=arms,
+            support=tuple(self._arm(name) for name in needed),
+            tuning=tuning,
+            sensitivity_lrs=file.sensitivity_lrs,
+            sensitivity_seeds=min(file.sensitivity_seeds or file.n_seeds, file.n_seeds),
+            settings={key: getattr(file, key) for key in _SETTINGS},
+            user_config=file.user_config,
+            final_info=file.final_info,
+        )
+
+    def _arm(self, name: str) -> Arm:
+        prefix, _, rest = name.partition(":")
+        if rest and prefix in _DERIVED:
+            return self._derived(name, prefix, rest)
+        spec = self._specs.get(name) or ArmSpec.model_construct(id=name)
+        agent = spec.agent or spec.id
+        if agent not in self._agents:
+            self._unknown(spec, agent)
+        if agent == "replay":
+            raise InputError(f"arm {name!r}: 'replay' needs decisions to replay; use yoked:ARM")
+        kind = spec.kind or _kind_of(agent)
+        if kind == "baseline" and spec.base is not None:
+            raise InputError(f"arm {name!r}: base is for arms that decide; a baseline is its own schedule")
+        if spec.base is not None and spec.base not in _BASES:
+            raise unknown_name(f"base of arm {name!r}", spec.base, _BASES)
+        if kind != "learned" and (spec.reward is not None or spec.learn_runs):
+            raise InputError(f"arm {name!r}: reward and learn_runs are for learned arms; this is a {kind}")
+        return Arm(
+            id=name,
+            agent=agent,
+            kind=kind,
+            of=None,
+            base=spec.base or ("constant" if kind == "learned" else None),
+            options=spec.options,
+            lr=self._rates(spec, agent),
+            reward=self._reward(spec) if kind == "learned" else None,
+            learn_runs=(self._file.learn_runs if spec.learn_runs is None else spec.learn_runs)
+            if kind == "learned"
+            else 0,
+        )
+
+    def _unknown(self, spec: ArmSpec, agent: str) -> None:
+        if spec.agent is not None:
+            raise unknown_name(f"agent of arm {spec.id!r}", agent, self._agents)
+        known = {*self._agents, *self._specs, *([self._tuned_id] if self._tuned_id else [])}
+        raise unknown_name("arm", agent, known - {"replay", agent})
+
+    def _derived(self, name: str, prefix: str, rest: str) -> Arm:
+        spec = self._specs.get(name)
+        if spec is not None and spec.model_fields_set - {"id"}:
+            given = sorted(spec.model_fields_set - {"id"})[0]
+            raise InputError(f"arm {name!r}: {given}: a {prefix} arm takes its settings from {rest!r}")
+        if ":" in rest:
+            raise InputError(f"arm {name!r}: there is no {prefix} of a {rest.partition(':')[0]}")
+        if rest == self._tuned_id:
+            raise InputError(f"arm {name!r}: the tuned arm is an open-loop schedule and has no {prefix}")
+        of = self._arm(rest)
+        agent, options = (of.agent, of.options) if prefix == "placebo" else ("replay", {})
+        learn_runs = of.learn_runs if prefix == "placebo" else 0
+        reward = of.reward if prefix == "placebo" else None
+        return replace(
+            of,
+            id=name,
+            kind=prefix,
+            of=rest,
+            agent=agent,
+            options=options,
+            learn_runs=learn_runs,
+            reward=reward,
+        )
+
+    def _rates(self, spec: ArmSpec, agent: str) -> dict[str, float | None]:
+        tasks = (*self._file.tasks, *self._file.optional_tasks)
+        benchmarks = self._file.benchmark_tasks
+        if agent == "default-cosine":
+            if spec.lr is not None:
+                raise InputError(f"arm {spec.id!r}: lr: default-cosine brings its own rate; leave lr out")
+            return dict.fromkeys((*tasks, *benchmarks))
+        given = self._file.lr if spec.lr is None else spec.lr
+        owner = self._where if spec.lr is None else f"arm {spec.id!r}"
+        if not isinstance(given, dict):
+            return dict.fromkeys((*tasks, *benchmarks), None if given == "task" else given)
+        known = registry.names("task")
+        for task in given:
+            if task not in known:
+                raise unknown_name(f"task in lr of {owner}", task, known)
+        missing = [task for task in tasks if task not in given]
+        if missing:
+            raise InputError(f"{owner}: lr: no rate for the task {missing[0]!r}; give a number, or 'task'")
+        # A benchmark task gets the model untouched: with the first task's rate where it has none of its own.
+        rates = {task: given[task] for task in tasks}
+        rates |= {task: given.get(task, given[tasks[0]]) for task in benchmarks}
+        return {task: None if rate == "task" else rate for task, rate in rates.items()}
+
+    def _reward(self, spec: ArmSpec) -> str | None:
+        name = spec.reward or self._file.reward
+        if name is not None and name not in registry.names("reward"):
+            raise unknown_name("reward", name, registry.names("reward"))
+        return name
+
+    def _tuning(self) -> Tuning | None:
+        spec = self._file.tuning
+        if spec is None:
+            return None
+        arm = self._arm(spec.arm)
+        if arm.kind != "baseline" or arm.agent == "default-cosine":
+            raise InputError(
+                f"{self._where}: tuning.arm: got {spec.arm!r}, expected a baseline with a rate to tune"
+            )
+        if len(set(spec.lrs)) < len(spec.lrs):
+            raise InputError(f"{self._where}: tuning.lrs: a rate is there twice")
+        tuned = replace(arm, id=f"tuned-{spec.arm}", lr=dict.fromkeys(arm.lr))
+        return Tuning(arm=tuned, lrs=tuple(sorted(spec.lrs)), n_seeds=spec.n_seeds)
+
+
+def _kind_of(agent: str) -> str:
+    if agent in BASELINES:
+        return "baseline"
+    return "rule" if agent in _RULES else "learned"

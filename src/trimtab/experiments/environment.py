@@ -1,0 +1,79 @@
+"""On what a study runs: versions, device, threads, and how many processes this machine has room for.
+
+Called by trimtab.experiments.run for study.json. Asking for versions imports nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from trimtab.errors import InputError
+
+__all__ = ["default_workers", "describe", "differences", "resolve_device"]
+
+_PACKAGES = ("trimtab", "torch", "numpy")
+
+
+def describe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What study.json says of the machine.
+
+    Args:
+        settings: Of the study: device, precision, threads.
+    """
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "device": resolve_device(str(settings["device"])),
+        "threads": settings["threads"],
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not as it was when a study was begun, one line for each difference."""
+    return [
+        f"{key} was {before[key]} when this study was begun and is {value} now"
+        for key, value in now.items()
+        if key in before and before[key] != value
+    ]
+
+
+def resolve_device(device: str) -> str:
+    """The device that "auto" stands for on this machine; any other one as it is, if it is there.
+
+    Raises:
+        InputError: A CUDA device is asked for and there is none.
+    """
+    if device == "cpu":
+        return device
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if has_cuda else "cpu"
+    index = int(device.partition(":")[2] or 0)
+    if not has_cuda or index >= torch.cuda.device_count():
+        found = torch.cuda.device_count() if has_cuda else 0
+        raise InputError(
+            f"device: got {device!r}, but torch finds {found} CUDA devices; give 'cpu' or 'auto'"
+        )
+    return device
+
+
+def default_workers(device: str, threads: int) -> int:
+    """Processes at once: one for each core that we may use, by threads; a GPU is not shared."""
+    if device.startswith("cuda"):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // threads)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed (run from source)"

@@ -1,0 +1,132 @@
+"""The pictures that set arms beside each other: sensitivity to the initial rate, and differences (a forest plot).
+
+Called by plots.py. They draw what is in results.json and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from trimtab.experiments.plot_style import GREY, INK, Style, log_axis, panels, tidy
+from trimtab.experiments.words import interval, number
+
+__all__ = ["draw_differences", "draw_sensitivity"]
+
+_GROUPS = {
+    "tuned": "against the tuned schedule ({})",
+    "placebo": "each against its placebo",
+    "yoked": "each against its yoked twin",
+    "user": "against your configuration ({})",
+}
+_FAR = 20.0  # beyond so many times the middle size of a difference a linear axis hides the small ones
+
+
+def draw_sensitivity(rows: Sequence[Mapping[str, Any]], look: Mapping[str, Style], task: str) -> Figure | None:
+    """Final validation loss against initial rate, one line an arm; None where no arm has two rates."""
+    known = {row["id"]: row["sensitivity"] for row in rows if row["sensitivity"]}
+    known = {arm: entry for arm, entry in known.items() if any(loss is not None for loss in entry["final_val_loss"])}
+    if not known:
+        return None
+    figure, (axis,) = panels(1, scale=1.9)
+    losses = [loss for entry in known.values() for loss in entry["final_val_loss"] if loss is not None]
+    top = max(losses) * 1.25
+    for arm, entry in known.items():
+        style, rates = look[arm], entry["initial_lrs"]
+        pairs = [(rate, loss) for rate, loss in zip(rates, entry["final_val_loss"], strict=True) if loss is not None]
+        axis.plot(
+            *zip(*pairs, strict=True), color=style.color, linestyle=style.dash, linewidth=style.width, marker="o",
+            markersize=4,
+        )
+        lost = [rate for rate, loss in zip(rates, entry["final_val_loss"], strict=True) if loss is None]
+        axis.scatter(lost, [top] * len(lost), marker="x", color=style.color, s=40)
+    log_axis(axis, "x", [rate for entry in known.values() for rate in entry["initial_lrs"]])
+    log_axis(axis, "y", losses)
+    axis.set_xlabel("initial learning rate", fontsize=9)
+    axis.set_ylabel("mean final validation loss", fontsize=9)
+    axis.set_title(task, loc="left", fontsize=10)
+    order = sorted(known, key=lambda arm: -(known[arm]["final_val_loss"][-1] or top))
+    handles = [
+        Line2D([], [], color=look[a].color, linestyle=look[a].dash, linewidth=look[a].width, marker="o", markersize=4)
+        for a in order
+    ]
+    figure.legend(handles, order, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def draw_differences(rows: Sequence[Mapping[str, Any]], look: Mapping[str, Style], task: str) -> Figure | None:
+    """Every difference to the tuned schedule, to placebos and to twins, with its interval; None without any."""
+    lines = _lines(rows)
+    if not lines:
+        return None
+    height = 0.27 * len(lines) + 1.2
+    figure = Figure(figsize=(9.6, height), layout="constrained")
+    axis = figure.subplots()
+    tidy(axis)
+    axis.grid(False, axis="y")
+    axis.axvline(0, color=INK, linewidth=1)
+    ends = [0.0]
+    for place, (arm, entry, text) in enumerate(lines):
+        if entry is None:
+            axis.text(0.0, place, text, transform=axis.get_yaxis_transform(), fontsize=9, color=INK, va="center",
+                      fontweight="bold", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+            continue
+        ends += _difference_line(axis, place, entry, look[arm].color)
+        axis.text(1.02, place, text, transform=axis.get_yaxis_transform(), fontsize=8, color=INK, va="center")
+    _scale(axis, ends)
+    axis.set_yticks(
+        [place for place, (_, entry, _) in enumerate(lines) if entry is not None],
+        [arm for arm, entry, _ in lines if entry is not None],
+    )
+    axis.tick_params(axis="y", length=0, labelsize=9)
+    axis.set_ylim(len(lines) - 0.4, -0.6)
+    axis.set_xlabel("difference in test loss, arm minus reference  (left of zero: the arm is better)", fontsize=9)
+    axis.set_title(task, loc="left", fontsize=10)
+    return figure
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any] | None, str]]:
+    """Headings (no entry) and differences from top to bottom, the best first within a group."""
+    lines: list[tuple[str, Mapping[str, Any] | None, str]] = []
+    has_tuned = any("tuned" in entry["roles"] for row in rows for entry in row["differences"].values())
+    for role, heading in _GROUPS.items():
+        if role == "user" and has_tuned:
+            continue  # it is in the table; here it would double the lines for the weaker of two bars
+        group = [
+            (row["id"], reference, entry)
+            for row in rows
+            for reference, entry in row["differences"].items()
+            if role in entry["roles"] and entry["n"]
+        ]
+        if group:
+            lines.append(("", None, heading.format(group[0][1])))
+            for arm, _, entry in sorted(group, key=lambda line: (line[2]["mean"], line[0])):
+                bounds = interval(entry["interval"], signed=True)
+                size = number(entry["mean"], digits=3, signed=True)
+                lines.append((arm, entry, " ".join(part for part in (size, bounds, " " + entry["verdict"]) if part)))
+    return lines
+
+
+def _difference_line(axis: Axes, place: int, entry: Mapping[str, Any], color: str) -> list[float]:
+    """Seeds, interval and mean on one line; returns how far they reach."""
+    values = entry["values"]
+    axis.scatter(values, [place + 0.24] * len(values), s=8, color=color, alpha=0.6, linewidths=0, zorder=2)
+    if entry["interval"] is not None:
+        axis.plot(entry["interval"], [place, place], color=color, linewidth=2.4, solid_capstyle="round", zorder=3)
+    axis.scatter([entry["mean"]], [place], s=36, color=color, edgecolors="white", linewidths=0.8, zorder=4)
+    return [*values, *(entry["interval"] or [])]
+
+
+def _scale(axis: Axes, ends: Sequence[float]) -> None:
+    """Symmetric-log where a few far differences would hide the small ones; said on the axis."""
+    sizes = np.array([abs(end) for end in ends if end != 0.0])
+    if len(sizes) and sizes.max() > _FAR * np.median(sizes):
+        axis.set_xscale("symlog", linthresh=float(np.median(sizes)))
+        axis.text(1.0, -0.02, "axis logarithmic outside the middle", transform=axis.transAxes, fontsize=8, color=GREY,
+                  ha="right", va="top")
+    axis.margins(x=0.04)

@@ -1,0 +1,304 @@
+"""Run a study: check everything, run its jobs in worker processes, go on after any interruption, report.
+
+Called by the command line, and from Python as `trimtab.experiments.run.run("demo", out=...)`. Nothing is
+written and nothing trains before names, options, data and the output folder have been checked. What lies in a
+study's folder is the only memory: a job whose result.json is there is done, so that going on after a kill
+needs nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab import registry
+from trimtab.errors import InputError, MissingDataError, MissingExtraError, OutputError, RunFailedError
+from trimtab.executors import make_executor
+from trimtab.experiments import environment
+from trimtab.experiments.conductor import Conductor, result_of
+from trimtab.experiments.design import Study, load_study
+from trimtab.experiments.plan import Job, first_difference, plan_jobs, study_json, tuned_jobs, tuning_jobs
+from trimtab.experiments.progress import Display, Silent
+from trimtab.storage import read_json, write_json
+
+__all__ = ["Outcome", "run", "run_study"]
+
+# What does one job, and what checks one without running it.
+RUN_ONE = "trimtab.experiments.single:run_one"
+CHECK_JOB = "trimtab.experiments.single:check_job"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a study.
+
+    Attributes:
+        out: Its folder.
+        report: report.html.
+        n_runs: Runs that it has.
+        failed: Run folder -> why, for every run that did not come to its end.
+        left_out: Task -> why, for every optional task whose data was not found.
+    """
+
+    out: Path
+    report: Path
+    n_runs: int
+    failed: Mapping[str, str]
+    left_out: Mapping[str, str]
+
+    @property
+    def exit_code(self) -> int:
+        """0 where everything that was asked for was done, else 1."""
+        return 1 if self.failed else 0
+
+
+def run(
+    name_or_path: str | Path,
+    *,
+    scale: str = "small",
+    tasks: Sequence[str] | None = None,
+    arms: Sequence[str] | None = None,
+    n_seeds: int | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    **how: Any,
+) -> Outcome:
+    """Run a study by name or file.
+
+    Args:
+        name_or_path: One of ours ("demo"), or a YAML file.
+        scale: "smoke", "small" or "full".
+        tasks: Run these tasks alone.
+        arms: Run these arms alone.
+        n_seeds: Instead of the study's number of seeds.
+        seed: Instead of the study's root seed.
+        out: Folder of the study; runs/STUDY where it is None.
+        data_dir: Folder with the data sets as files.
+        **how: What `run_study` takes: executor, workers, resume, display.
+
+    Raises:
+        InputError: Something that was given is wrong; nothing was started and nothing is left behind.
+        RunFailedError: The study could not go on at all.
+    """
+    study = load_study(name_or_path, scale=scale, tasks=tasks, arms=arms, n_seeds=n_seeds, seed=seed)
+    folder = Path("runs") / study.study if out is None else Path(out)
+    return run_study(study, folder, data_dir=None if data_dir is None else Path(data_dir), **how)
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    *,
+    data_dir: Path | None = None,
+    executor: str = "local",
+    workers: int | None = None,
+    resume: bool = False,
+    display: Display | None = None,
+) -> Outcome:
+    """Run a resolved study.
+
+    Args:
+        study: What to run.
+        out: Its folder.
+        data_dir: Folder with the data sets as files.
+        executor: "local".
+        workers: Processes at once; None is one for each core; 0 works in this process.
+        resume: Go on from what is in `out`, which otherwise must be missing or empty.
+        display: Where to show how it goes; nowhere where it is None.
+
+    Returns:
+        What became of it; a run that failed is named in it and does not stop the others.
+
+    Raises:
+        InputError: Something that was given is wrong; nothing was started and nothing is left behind.
+        RunFailedError: The study could not go on at all.
+    """
+    display = display or Silent()
+    out = out.absolute()
+    data_dir = _check_data_dir(data_dir)
+    workers = _check_workers(workers, executor, study)
+    there = _plan_there(out, resume)
+    study = _with_data(study, data_dir) if there is None else _as_begun(study, there, out)
+    unfinished = _unfinished(study, out, there)
+    _check_jobs(study, unfinished, data_dir, is_new=there is None)
+    machine = environment.describe(study.settings) if unfinished or there is None else {}
+    with _folder(out, resume), display:
+        if there is None:
+            write_json(out / "study.json", study_json(study, machine))
+        with _nothing_is_bad_input():
+            for text in _remarks(study, there, machine):
+                display.say(text)
+            return _conduct(study, out, data_dir, workers if unfinished else 0, display)
+
+
+def _conduct(study: Study, out: Path, data_dir: Path | None, workers: int, display: Display) -> Outcome:
+    """Run what is left to run, and write the report."""
+    # Nothing is left to run: then torch need not be asked for its threads.
+    threads = int(study.settings["threads"]) if workers else None
+    with make_executor("local", RUN_ONE, workers=workers, threads=threads) as work:
+        conductor = Conductor(study, out, data_dir, work, display)
+        conductor.run()
+    from trimtab.experiments import report  # imports matplotlib and scipy
+
+    display.say("writing the report")
+    path = report.write(out)
+    left_out = {entry["task"]: entry["why"] for entry in study.left_out}
+    return Outcome(out, path, conductor.n_runs, dict(conductor.failed), left_out)
+
+
+def _check_data_dir(data_dir: Path | None) -> Path | None:
+    if data_dir is not None and not data_dir.is_dir():
+        raise MissingDataError(f"the data directory {data_dir} is not there, or is no folder (--data-dir)")
+    return None if data_dir is None else data_dir.absolute()
+
+
+def _check_workers(workers: int | None, executor: str, study: Study) -> int:
+    if workers is None:
+        device = environment.resolve_device(str(study.settings["device"]))
+        workers = environment.default_workers(device, int(study.settings["threads"]))
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+        raise InputError(f"workers: got {workers!r}, expected a whole number of 0 (in this process) or more")
+    make_executor(executor, RUN_ONE, workers=workers).close()  # refuses a wrong name; starts nothing
+    return workers
+
+
+def _plan_there(out: Path, resume: bool) -> Any:
+    """What is in study.json of a folder that is gone on with; None where the study is new."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; give a folder (--out)")
+    try:
+        content = _content(out)
+    except OSError as error:
+        raise OutputError(f"cannot read the folder {out}: {error.strerror or error}") from error
+    if not content:
+        return None
+    if not resume:
+        raise OutputError(
+            f"{out} is not empty; go on from what is there with --resume, or give another --out"
+        )
+    if not (out / "study.json").is_file():
+        raise OutputError(
+            f"{out} holds files but no study.json, so it is no study's folder; give another --out"
+        )
+    return read_json(out / "study.json")
+
+
+def _content(out: Path) -> list[str]:
+    """What is in a folder, without what a killed process left of its first file."""
+    return (
+        [] if not out.exists() else [name for name in os.listdir(out) if not name.startswith(".study.json.")]
+    )
+
+
+def _with_data(study: Study, data_dir: Path | None) -> Study:
+    """The study without the optional tasks whose data is not found."""
+    for task in (*study.optional_tasks, *study.benchmark_tasks):
+        try:
+            _load(study, task, data_dir)
+        except (MissingDataError, MissingExtraError) as error:
+            study = study.leave_out(task, str(error))
+    return study
+
+
+def _as_begun(study: Study, there: Any, out: Path) -> Study:
+    """The study as its folder has it, after a check that it is the same one."""
+    left_out = (there.get("left_out") or []) if isinstance(there, dict) else []
+    for entry in left_out:
+        if entry.get("task") in (*study.optional_tasks, *study.benchmark_tasks):
+            study = study.leave_out(entry["task"], entry["why"])
+    difference = first_difference(there, study_json(study, {}))
+    if difference:
+        raise OutputError(
+            f"{out} holds another plan: {difference}; give the options it was begun with, or another --out"
+        )
+    return study
+
+
+def _unfinished(study: Study, out: Path, there: Any) -> list[Job]:
+    """Jobs that are still to be run, as far as they are known before the tuned rates are."""
+    jobs = [*tuning_jobs(study), *plan_jobs(study)]
+    if study.tuning is not None:
+        chosen = (there["tuning"].get("chosen") or {}) if there is not None else {}
+        for task in (*study.tasks, *study.optional_tasks):
+            # Before the choice any rate of the grid stands for the one to come.
+            jobs += tuned_jobs(study, task, chosen.get(task, study.tuning.lrs[0]))
+    return [job for job in jobs if result_of(out, job.directory) is None]
+
+
+def _check_jobs(study: Study, unfinished: Iterable[Job], data_dir: Path | None, *, is_new: bool) -> None:
+    """Check agents, options, knobs and data of what is to be run, one job for each arm and task."""
+    first: dict[tuple[str, str], Job] = {}
+    for job in unfinished:
+        first.setdefault((job.arm, job.task), job)
+    if not first:
+        return
+    # A new study has loaded its optional and benchmark tasks already.
+    known = set(study.tasks) if is_new else {job.task for job in first.values()}
+    for task in sorted(known):
+        _load(study, task, data_dir)
+    check = _resolve(CHECK_JOB)
+    for job in first.values():
+        check(job.to_json())
+
+
+def _load(study: Study, task: str, data_dir: Path | None) -> None:
+    registry.load("task", task)(study.scale).load(data_dir)
+
+
+def _resolve(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _remarks(study: Study, there: Any, machine: Mapping[str, Any]) -> list[str]:
+    left_out = [f"left out: {entry['task']}: {entry['why']}" for entry in study.left_out]
+    before = there.get("environment") or {} if there is not None else {}
+    changed = [f"note: {text}; runs may differ" for text in environment.differences(before, machine)]
+    return [*left_out, *changed]
+
+
+@contextlib.contextmanager
+def _folder(out: Path, resume: bool) -> Iterator[None]:
+    """Have the folder, for this process alone; what was made of it is taken away if nothing came into it."""
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    handle = None
+    try:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            handle = os.open(out, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another process is running a study in {out}; wait for it, or end it"
+            ) from error
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {out}: {error.strerror or error}; give a folder that can be written (--out)"
+            ) from error
+        if not resume and _content(out):
+            raise OutputError(f"{out} has just been filled by another process; give another --out")
+        yield
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):  # it holds something by now, and is kept
+                path.rmdir()
+        raise
+    finally:
+        if handle is not None:
+            os.close(handle)  # and the lock with it
+
+
+@contextlib.contextmanager
+def _nothing_is_bad_input() -> Iterator[None]:
+    """From here on work has been done: an error is a failure, not a question of what was given."""
+    try:
+        yield
+    except InputError as error:
+        raise RunFailedError(str(error)) from error

@@ -1,0 +1,390 @@
+"""One job of a study: one training run from its start, or from its checkpoint, to its result.
+
+Called by the executors in a worker process. What is written where: `trimtab.storage.RunDirectory`. A run that is
+killed and resumed writes the same files as one that was not, but for times.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab import registry
+from trimtab.agents.base import Agent, Base, Timing
+from trimtab.agents.scripted import Replay
+from trimtab.controller import Controller
+from trimtab.errors import InputError
+from trimtab.safety import Safety
+from trimtab.seeding import derive_seed, torch_generator
+from trimtab.spec import ControlSpec, make_agent
+from trimtab.storage import RunDirectory, append_lines, read_lines
+from trimtab.tasks.base import Data, Task
+from trimtab.training.loop import TrainingLoop
+
+__all__ = ["check_job", "run_one"]
+
+# Losing more than this to a kill would be noticed; a checkpoint of the small GPT takes about 50 ms.
+CHECKPOINT_EVERY_S = 15.0
+# New tokens by which the speed of inference is measured; the write-up that asks for it samples whole texts.
+INFERENCE_TOKENS = 64
+# Rules about who gets the guard: a placebo must equal its base to the bit, and a baseline is what everybody uses.
+_GUARDED = ("learned", "rule", "yoked")
+
+Job = Mapping[str, Any]
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class _Times:
+    """Wall time spent, in seconds, over all the parts of a run that was resumed."""
+
+    training: float = 0.0
+    controller: float = 0.0
+    evaluation: float = 0.0
+
+
+def check_job(job: Job) -> None:
+    """Check, without data or training, that a job's task, agent, options, knobs and reward exist and fit together.
+
+    Raises:
+        InputError: Something does not; the message names the arm.
+    """
+    try:
+        task = _make_task(job)
+        if job["kind"] == "yoked":
+            return  # it replays what its partner, checked as an arm of its own, will have decided
+        spec = _make_spec(job, task, _make_agent(job, task))
+        spec.make_knobs()
+    except InputError as error:
+        raise type(error)(f"arm {job['arm']!r} on {job['task']!r}: {error}") from error
+
+
+def run_one(job: Job, out: str, data_dir: str | None, progress: Progress) -> dict[str, Any]:
+    """Run or resume one job; a finished one is only read.
+
+    Args:
+        job: `trimtab.experiments.plan.Job` as JSON.
+        out: The study's folder.
+        data_dir: Folder with the data sets, or None.
+        progress: Called at every interval with step, total_steps, and the losses.
+
+    Returns:
+        What result.json holds.
+    """
+    folder = RunDirectory(Path(out) / job["directory"])
+    if folder.is_done():
+        result: dict[str, Any] = _read_result(folder)
+        return result
+    logging.getLogger("trimtab").setLevel(logging.ERROR)  # roll-backs are in the records; here they only tear the bar
+    data = _load_data(job["task"], job["scale"], data_dir)
+    run = _Run(job, Path(out), data, folder)
+    while not run.is_over:
+        run.interval()
+        progress(run.news())
+    result = run.result()
+    folder.finish(result)
+    return result
+
+
+def _read_result(folder: RunDirectory) -> dict[str, Any]:
+    import json
+
+    data: dict[str, Any] = json.loads(folder.result.read_text(encoding="utf-8"))
+    return data
+
+
+@functools.lru_cache(maxsize=4)
+def _load_data(task: str, scale: str, data_dir: str | None) -> Data:
+    data: Data = registry.load("task", task)(scale).load(None if data_dir is None else Path(data_dir))
+    return data
+
+
+def _make_task(job: Job) -> Task:
+    task: Task = registry.load("task", job["task"])(job["scale"])
+    changes: dict[str, Any] = {}
+    if job["total_steps"] is not None:
+        changes["total_steps"] = job["total_steps"]
+        # The warm-up keeps its share of the budget.
+        changes["warmup_steps"] = round(task.warmup_steps * job["total_steps"] / task.total_steps)
+    for key, name in (("initial_lr", "lr"), ("weight_decay", "weight_decay"), ("optimizer", "optimizer")):
+        if job[key] is not None:
+            changes[name] = job[key]
+    return task.replace(**changes)
+
+
+def _cosine_of(task: Task, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a cosine: the task's own warm-up and final rate, where the study does not say otherwise."""
+    return {"warmup_steps": task.warmup_steps, "min_factor": task.min_lr_factor, **given}
+
+
+def _make_agent(job: Job, task: Task) -> Agent:
+    options = dict(job["options"])
+    if job["agent"] in ("cosine", "default-cosine"):
+        options = _cosine_of(task, options)
+    seed = derive_seed(job["root_seed"], "exploration", job["task"], job["seed"])
+    return make_agent(job["agent"], options, seed=seed)
+
+
+def _make_spec(job: Job, task: Task, agent: Agent) -> ControlSpec:
+    changes: dict[str, Any] = {}
+    if job["reward"] is not None:
+        changes["reward"] = job["reward"]
+    if job["base"] is not None:
+        own = agent.needs.base
+        options = dict(own.options) if own.name == job["base"] else {}
+        changes["base"] = Base(job["base"], _cosine_of(task, options) if job["base"] == "cosine" else options)
+    if job["every"] is not None:
+        changes["timing"] = Timing(every=job["every"])
+    elif agent.needs.timing.every is not None and "every" not in job["options"]:
+        changes["timing"] = Timing(every=task.eval_every)
+    return replace(ControlSpec.for_agent(agent), **changes)
+
+
+def _replay(job: Job, out: Path) -> tuple[Agent, ControlSpec, float]:
+    """A twin of a finished run: the settings that it was granted, decision by decision, and its starting rate."""
+    partner = RunDirectory(out / job["replay_from"])
+    if not partner.is_done():
+        raise InputError(f"{job['arm']} replays {job['replay_from']}, which did not come to its end")
+    header = partner.header()
+    spec = ControlSpec.from_json(header["spec"])
+    start = float(header["start_lr"])
+    settings: list[list[float]] = []
+    for row in read_lines(partner.decisions):
+        while len(settings) <= row["index"]:
+            settings.append(list(settings[-1]) if settings else [start])
+        settings[row["index"]][0] = row["setting"]
+    agent = Replay(settings or [[start]], spec.timing, spec.base)
+    return agent, ControlSpec.for_agent(agent, reward=spec.reward), start
+
+
+class _Run:
+    """One run under way."""
+
+    def __init__(self, job: Job, out: Path, data: Data, folder: RunDirectory) -> None:
+        self.job = job
+        self.task = _make_task(job)
+        self.folder = folder
+        if job["kind"] == "yoked":
+            agent, spec, start = _replay(job, out)
+            self.task = self.task.replace(lr=start)
+        else:
+            agent = _make_agent(job, self.task)
+            spec = _make_spec(job, self.task, agent)
+        saved = folder.resume()
+        self.learning = {"runs": 0, "optimizer_steps": 0}
+        if saved is None and not job["placebo"]:
+            self._learn_before(agent, spec, data)
+        self.loop, self.controller = self._make(agent, spec, data, job["seed"])
+        self.times = _Times()
+        self.validation: dict[str, float] = {}
+        if saved is None:
+            self._begin(spec)
+        else:
+            self.loop.load_state_dict(saved["loop"])
+            self.controller.load_state_dict(saved["controller"])
+            self.times = _Times(**saved["times"])
+            self.learning = saved["learning"]
+        self._last_checkpoint = time.monotonic()
+
+    def _make(self, agent: Agent, spec: ControlSpec, data: Data, seed: int) -> tuple[TrainingLoop, Controller]:
+        job = self.job
+        loop = TrainingLoop(
+            self.task,
+            data,
+            seed=derive_seed(job["root_seed"], "run", job["task"], seed),
+            device=_device(job["device"]),
+            precision=job["precision"],
+        )
+        controller = Controller(
+            agent,
+            optimizer=loop.optimizer,
+            model=loop.model,
+            total_steps=loop.total_steps,
+            spec=replace(spec, timing=_in_steps(spec.timing, loop)),
+            safety=Safety(rollback=job["kind"] in _GUARDED),
+            mode="placebo" if job["placebo"] else "learn",
+        )
+        return loop, controller
+
+    def _learn_before(self, agent: Agent, spec: ControlSpec, data: Data) -> None:
+        """What the agent learns from before the run that counts: whole runs under seeds that nothing reports."""
+        for number in range(self.job["learn_runs"]):
+            seed = derive_seed(self.job["root_seed"], "learning", self.job["seed"], number)
+            loop, controller = self._make(agent, spec, data, seed)
+            self._validate(loop, controller)
+            while not loop.is_over() and controller.status == "running":
+                loss = loop.step()
+                if controller.is_due:
+                    self._validate(loop, controller)
+                controller.step(loss)
+            self.learning["runs"] += 1
+            self.learning["optimizer_steps"] += loop.steps_done
+
+    def _begin(self, spec: ControlSpec) -> None:
+        job = self.job
+        start_lr = float(self.controller.state.initial_settings["lr"][0])
+        self.folder.start({
+            "schema": 1,
+            **{key: job[key] for key in ("study", "arm", "task", "role", "seed", "agent", "kind", "of", "options")},
+            "dataset": self.task.dataset,
+            "initial_lr": self.task.lr if job["initial_lr"] is None else job["initial_lr"],
+            "start_lr": start_lr,
+            "total_steps": self.loop.total_steps,
+            "job": dict(job),
+            "spec": self.controller.spec.to_json(),
+            "fingerprint": spec.fingerprint,
+            "device": str(self.loop.device),
+            "precision": self.loop.precision,
+        })  # fmt: skip
+        self._validate(self.loop, self.controller)
+        append_lines(self.folder.series, [self._row()])
+
+    def _validate(self, loop: TrainingLoop, controller: Controller) -> dict[str, float]:
+        measured = loop.evaluate("val")
+        metrics = {"accuracy": measured["accuracy"]} if "accuracy" in measured else None
+        controller.report(measured["loss"], metrics)
+        self.validation = measured
+        return measured
+
+    @property
+    def is_over(self) -> bool:
+        return self.loop.is_over() or self.controller.status == "gave_up"
+
+    def interval(self) -> None:
+        """Train up to the next decision, and write down what happened."""
+        loop, controller, times = self.loop, self.controller, self.times
+        started = time.perf_counter()
+        while not self.is_over:
+            is_due = controller.is_due
+            loss = loop.step()
+            if is_due:
+                before = time.perf_counter()
+                self._validate(loop, controller)
+                times.evaluation += time.perf_counter() - before
+            before = time.perf_counter()
+            decisions = controller.step(loss)
+            times.controller += time.perf_counter() - before
+            if is_due:
+                append_lines(self.folder.decisions, [decision.to_json() for decision in decisions])
+                append_lines(self.folder.series, [self._row()])
+                break
+        times.training += time.perf_counter() - started
+        if time.monotonic() - self._last_checkpoint > CHECKPOINT_EVERY_S and not self.is_over:
+            self.folder.checkpoint({
+                "loop": loop.state_dict(),
+                "controller": controller.state_dict(),
+                "times": vars(times),
+                "learning": self.learning,
+            })  # fmt: skip
+            self._last_checkpoint = time.monotonic()
+
+    def _row(self) -> dict[str, Any]:
+        """One line of series.jsonl; what a roll-back took out of the state is still what was measured here."""
+        controller, state = self.controller, self.controller.state
+        seen = controller.last_interval
+        return {
+            "optimizer_step": self.loop.steps_done,
+            "epoch": self.loop.epoch,
+            "progress": self.loop.steps_done / self.loop.total_steps,
+            "train_loss": None if seen is None else float(seen.train_loss[0]),
+            "val_loss": self.validation["loss"],
+            "accuracy": self.validation.get("accuracy"),
+            "reward": controller.last_reward,
+            "signals": dict(zip(controller.spec.signals, controller.last_observation, strict=True)),
+            "knobs": controller.read_knobs(),
+            "best_val_loss": float(state.best_val_loss[0]),
+        }
+
+    def news(self) -> dict[str, Any]:
+        """What the progress bar shows."""
+        row = self._row()
+        return {"total_steps": self.loop.total_steps, **{k: row[k] for k in ("optimizer_step", "train_loss", "val_loss")}}
+
+    def result(self) -> dict[str, Any]:
+        """Measure the end: validation again (timed), and test, for the only time."""
+        loop, controller = self.loop, self.controller
+        started = time.perf_counter()
+        val = loop.evaluate("val")
+        eval_runtime = time.perf_counter() - started
+        test = loop.evaluate("test")
+        rows = read_lines(self.folder.series)
+        known = [row["val_loss"] for row in rows if row["val_loss"] is not None]
+        last_train = next((row["train_loss"] for row in reversed(rows) if row["train_loss"] is not None), None)
+        metrics = {
+            "final_train_loss": last_train,
+            "final_val_loss": val["loss"],
+            "best_val_loss": min([*known, val["loss"]]) if math.isfinite(val["loss"]) else min(known, default=None),
+            "test_loss": test["loss"],
+            "test_accuracy": test.get("accuracy"),
+            "test_f1": test.get("f1"),
+            "test_mse": test.get("mse"),
+            "eval_loss": val["loss"],
+            "eval_accuracy": val.get("accuracy"),
+            "epoch": loop.epoch,
+            "optimizer_steps": loop.steps_done,
+        }
+        notes = [decision.note for decision in controller.decisions if decision.source in ("guard", "gave_up")]
+        if not math.isfinite(test["loss"]):
+            notes.append("diverged: the test loss is not finite")
+        return {
+            "status": "gave_up" if controller.status == "gave_up" else "done",
+            "error": None,
+            "metrics": metrics,
+            "times": {
+                "total_train_time": self.times.training,
+                "controller_time": self.times.controller,
+                "validation_time": self.times.evaluation,
+                "eval_runtime": eval_runtime,
+                "eval_samples_per_second": val["n_samples"] / eval_runtime,
+                "eval_steps_per_second": val["n_batches"] / eval_runtime,
+                "avg_inference_tokens_per_second": self._inference_speed(),
+            },
+            "n_decisions": len(controller.decisions),
+            "n_interventions": sum(decision.setting != before for decision, before in _with_settings(controller)),
+            "n_rollbacks": controller.n_rollbacks,
+            "test_reads": loop.test_reads,
+            "learning": self.learning,
+            "notes": notes,
+            "brain": controller.spec.fingerprint,
+        }
+
+    def _inference_speed(self) -> float | None:
+        """Tokens a second when one text is continued, token by token; None for tasks without text."""
+        generate = getattr(self.loop.model, "generate", None)
+        if generate is None:
+            return None
+        device = self.loop.device
+        generator = torch.Generator(device).manual_seed(torch_generator(0, "inference").initial_seed())
+        prompt = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        started = time.perf_counter()
+        generate(prompt, INFERENCE_TOKENS, generator=generator).tolist()
+        return INFERENCE_TOKENS / (time.perf_counter() - started)
+
+
+def _with_settings(controller: Controller) -> list[tuple[Any, float]]:
+    """Each decision beside the setting before it."""
+    settings = {name: float(value[0]) for name, value in controller.state.initial_settings.items()}
+    pairs = []
+    for decision in controller.decisions:
+        pairs.append((decision, settings[decision.knob]))
+        settings[decision.knob] = decision.setting
+    return pairs
+
+
+def _in_steps(timing: Timing, loop: TrainingLoop) -> Timing:
+    """Epochs as optimizer steps: the loop has no loader that could be asked."""
+    return timing if timing.every != "epoch" else replace(timing, every=loop.steps_per_epoch)
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

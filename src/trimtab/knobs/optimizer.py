@@ -1,0 +1,170 @@
+"""Knobs that live in the optimizer's param groups: learning rate and weight decay.
+
+Called through the registry. Ratios between groups are kept: the knob's value is that of the first group that has
+a positive one (the reference), and every other group moves with it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from trimtab.errors import InputError
+from trimtab.knobs.base import Knob
+from trimtab.run_state import Array, RunState
+
+__all__ = ["LearningRate", "WeightDecay"]
+
+# A float32 tensor keeps 24 bits of what was written: anything further off was written by somebody else.
+_TENSOR_TOLERANCE = 1e-6
+
+
+class _GroupKnob(Knob):
+    """A value under one key of every param group."""
+
+    key: ClassVar[str]
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__(low, high)
+        self._initial: list[float] = []
+        self._written: list[float] = []
+        self._reference = 0
+
+    def bind(self, state: RunState) -> Array:
+        groups = state.optimizer.param_groups
+        initial = []
+        for index, group in enumerate(groups):
+            if self.key not in group:
+                raise InputError(f"{type(state.optimizer).__name__} has no {self.key!r} in its param groups: "
+                                 f"the knob {self.name!r} cannot act on it; leave it out")
+            value = float(group[self.key])
+            if not math.isfinite(value) or value < 0:
+                raise InputError(f"param group {index} has {self.key} {value!r}; expected a finite number of 0 or more")
+            initial.append(value)
+        positive = [index for index, value in enumerate(initial) if value > 0]
+        if not positive:
+            raise InputError(f"{self.key} is 0 in every param group, so there is nothing that {self.name!r} could "
+                             f"multiply; give at least one group a positive {self.key}")
+        self._reference = positive[0]
+        self._initial = initial
+        self._written = list(initial)
+        return np.array([initial[self._reference]])
+
+    def read(self, state: RunState) -> Array:
+        return np.array([float(state.optimizer.param_groups[self._reference][self.key])])
+
+    def put(self, state: RunState, value: float) -> None:
+        groups = state.optimizer.param_groups
+        if len(groups) > len(self._initial):
+            self._adopt(groups)
+        scale = value / self._initial[self._reference]
+        for index, group in enumerate(groups):
+            new = value if index == self._reference else self._initial[index] * scale
+            present = group[self.key]
+            if isinstance(present, Tensor):
+                present.fill_(new)
+            else:
+                group[self.key] = new
+            self._written[index] = new
+
+    def _adopt(self, groups: list[dict[str, Any]]) -> None:
+        """Take in groups added since: each keeps, from now on, the ratio to the reference that it came with."""
+        reference_now = self._written[self._reference]
+        for group in groups[len(self._initial) :]:
+            value = float(group[self.key])
+            scale = self._initial[self._reference] / reference_now if reference_now > 0 else 1.0
+            self._initial.append(value * scale)
+            self._written.append(value)
+
+    def find_conflict(self, state: RunState, *, may_sync: bool) -> str | None:
+        for index, (group, written) in enumerate(zip(state.optimizer.param_groups, self._written, strict=False)):
+            present = group[self.key]
+            if isinstance(present, Tensor):
+                if not may_sync or math.isclose(float(present), written, rel_tol=_TENSOR_TOLERANCE, abs_tol=1e-38):
+                    continue
+            elif present == written:
+                continue
+            return f"param group {index} has {self.key}={float(present):g} where {written:g} was written"
+        return None
+
+    def values(self) -> list[float]:
+        """What was written last, per param group."""
+        return list(self._written)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"initial": list(self._initial), "written": list(self._written), "reference": self._reference}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._initial = list(state["initial"])
+        self._written = list(state["written"])
+        self._reference = state["reference"]
+
+
+class LearningRate(_GroupKnob):
+    """Learning rate of every param group; a tensor rate is filled in place.
+
+    Args:
+        low: Smallest rate that a controller may choose; default 1e-7.
+        high: Largest; default 10**1.5, where no network of FINDINGS section 5 trained any more.
+        hold_decay: With decoupled decay (AdamW) the effective decay is lr x weight_decay. False leaves
+            weight_decay alone, so that the effective decay follows the rate; True keeps the product.
+    """
+
+    name = "lr"
+    key = "lr"
+
+    def __init__(self, low: float = 1e-7, high: float = 10**1.5, *, hold_decay: bool = False) -> None:
+        super().__init__(low, high)
+        self.hold_decay = hold_decay
+        self._products: list[float] = []
+
+    def bind(self, state: RunState) -> Array:
+        found = super().bind(state)
+        groups = state.optimizer.param_groups
+        if self.hold_decay and not any(group.get("weight_decay", 0) > 0 for group in groups):
+            raise InputError("hold_decay=True, but no param group has a positive weight_decay to hold; leave it out")
+        if self.hold_decay:
+            self._products = []
+            self._hold(groups)
+        return found
+
+    def _hold(self, groups: list[dict[str, Any]]) -> None:
+        """Note the product of every group not noted yet."""
+        known = len(self._products)
+        for group, rate in zip(groups[known:], self._written[known:], strict=True):
+            self._products.append(rate * group.get("weight_decay", 0))
+
+    def put(self, state: RunState, value: float) -> None:
+        super().put(state, value)
+        if not self.hold_decay:
+            return
+        groups = state.optimizer.param_groups
+        self._hold(groups)
+        for group, product, rate in zip(groups, self._products, self._written, strict=False):
+            if product > 0 and rate > 0:  # at a rate of 0 nothing decays, whatever the coefficient
+                group["weight_decay"] = product / rate
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "products": list(self._products)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._products = list(state["products"])
+
+
+class WeightDecay(_GroupKnob):
+    """Weight decay of every param group; a group with 0 keeps 0.
+
+    Args:
+        low: Smallest decay that a controller may choose; default 1e-6.
+        high: Largest; default 1.
+    """
+
+    name = "weight_decay"
+    key = "weight_decay"
+
+    def __init__(self, low: float = 1e-6, high: float = 1.0) -> None:
+        super().__init__(low, high)

@@ -1,0 +1,128 @@
+"""One table of everything that has a name: kind -> name -> "module:object".
+
+Called by the command line (listing) and by everything that turns a name into an object. Listing imports none of
+the entries, so `trimtab list` needs no torch. Other packages add entries through entry points of the groups
+`trimtab.tasks`, `trimtab.agents`, `trimtab.knobs`, `trimtab.signals`, `trimtab.rewards`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from trimtab.errors import InputError, unknown_name
+
+__all__ = ["Entry", "add", "entries", "load", "names"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One named thing: where it is, and one line of what it is."""
+
+    target: str
+    description: str
+
+
+_TASKS = {
+    "digits-mlp": Entry("trimtab.tasks.vision:digits_mlp", "8x8 digits (bundled with scikit-learn), MLP 64-64-10"),
+    "digits-cnn": Entry("trimtab.tasks.vision:digits_cnn", "8x8 digits (bundled with scikit-learn), two convolutions"),
+    "mnist-cnn": Entry("trimtab.tasks.vision:mnist_cnn", "MNIST (ylecun/mnist), conv32-conv64-dense"),
+    "titanic-fcnn": Entry("trimtab.tasks.tabular:titanic_fcnn", "Titanic passengers (Kaggle train.csv), MLP 64-64"),
+    "shakespeare-gpt": Entry("trimtab.tasks.text:shakespeare_gpt", "tiny Shakespeare by characters, small GPT"),
+    "enwik8-gpt": Entry("trimtab.tasks.text:enwik8_gpt", "enwik8 by bytes (100 MB of Wikipedia), small GPT"),
+    "text8-gpt": Entry("trimtab.tasks.text:text8_gpt", "text8 by characters (cleaned Wikipedia), small GPT"),
+}
+_AGENTS = {
+    "constant": Entry("trimtab.agents.scripted:constant", "the initial rate throughout"),
+    "step": Entry("trimtab.agents.scripted:step", "torch's StepLR: x gamma every step_size steps"),
+    "exponential": Entry("trimtab.agents.scripted:exponential", "torch's ExponentialLR: x gamma every step"),
+    "cosine": Entry("trimtab.agents.scripted:cosine", "linear warm-up, then torch's CosineAnnealingLR"),
+    "wsd": Entry("trimtab.agents.scripted:wsd", "warm-up, stable, linear decay"),
+    "default-cosine": Entry("trimtab.agents.scripted:default_cosine", "a fixed default rate per optimizer, with cosine"),
+    "plateau": Entry("trimtab.agents.scripted:Plateau", "torch's ReduceLROnPlateau"),
+    "replay": Entry("trimtab.agents.scripted:Replay", "writes a recorded sequence of settings, without looking"),
+    "random": Entry("trimtab.agents.scripted:RandomMoves", "a move drawn at random at every decision"),
+    "uwhg": Entry("trimtab.agents.uwhg:UWHG", "rule: update-to-weight ratio first, then hypergradient; no learning"),
+    "q_learning": Entry("trimtab.agents.q_learning:QLearning", "tabular Q-learning over binned scale-free signals"),
+}
+_KNOBS = {
+    "lr": Entry("trimtab.knobs.optimizer:LearningRate", "learning rate of every param group, ratios kept"),
+    "weight_decay": Entry("trimtab.knobs.optimizer:WeightDecay", "weight decay; a group with 0 keeps 0"),
+}
+_SIGNALS = {
+    "train_loss_log_ratio": Entry("trimtab.signals:train_loss_log_ratio", "log of smoothed train loss over the one before"),
+    "val_loss_log_ratio": Entry("trimtab.signals:val_loss_log_ratio", "log of validation loss over the one before"),
+    "val_loss_log_ratio_best": Entry("trimtab.signals:val_loss_log_ratio_best", "log of validation loss over the best"),
+    "loss_slope": Entry("trimtab.signals:loss_slope", "log of the interval's second half of losses over its first"),
+    "generalization_gap": Entry("trimtab.signals:generalization_gap", "log of validation loss over train loss"),
+    "grad_norm_log_ratio": Entry("trimtab.signals:grad_norm_log_ratio", "log of the gradient norm over the one before"),
+    "grad_update_cosine": Entry("trimtab.signals:grad_update_cosine", "cosine between the gradient and the last update"),
+    "update_to_weight": Entry("trimtab.signals:update_to_weight", "log10 of the update's norm over the weights' norm"),
+    "progress": Entry("trimtab.signals:progress", "share of the budget used"),
+    "lr_log_ratio_start": Entry("trimtab.signals:lr_log_ratio_start", "log10 of the rate's level over its start"),
+    "lr_unit": Entry("trimtab.signals:lr_unit", "present learning rate on the unit interval of its bounds"),
+    "weight_decay_unit": Entry("trimtab.signals:weight_decay_unit", "present weight decay on the unit interval"),
+    "watched_loss": Entry("trimtab.signals:watched_loss", "validation loss, or train loss where there is none (raw)"),
+}
+_REWARDS = {
+    "negative_loss": Entry("trimtab.rewards:negative_loss", "minus the loss"),
+    "improvement": Entry("trimtab.rewards:improvement", "drop of the validation loss since the last decision"),
+    "log_improvement": Entry("trimtab.rewards:log_improvement", "drop of the log of the loss since the last decision"),
+    "accuracy_improvement": Entry("trimtab.rewards:accuracy_improvement", "rise of the accuracy since the last decision"),
+}
+_TABLES: dict[str, dict[str, Entry]] = {
+    "task": _TASKS,
+    "agent": _AGENTS,
+    "knob": _KNOBS,
+    "signal": _SIGNALS,
+    "reward": _REWARDS,
+}
+
+
+def entries(kind: str) -> Mapping[str, Entry]:
+    """Every entry of a kind, ours and those of installed packages, without importing any of them.
+
+    Args:
+        kind: "task", "agent", "knob", "signal" or "reward".
+
+    Raises:
+        UnknownNameError: The kind is none of these.
+    """
+    if kind not in _TABLES:
+        raise unknown_name("kind of thing", kind, _TABLES)
+    found = dict(_TABLES[kind])
+    for point in metadata.entry_points(group=f"trimtab.{kind}s"):
+        found.setdefault(point.name, Entry(point.value, f"from {point.dist.name if point.dist else 'a package'}"))
+    return found
+
+
+def names(kind: str) -> list[str]:
+    """Sorted names of a kind."""
+    return sorted(entries(kind))
+
+
+def load(kind: str, name: str) -> Any:
+    """Import and return the object behind a name.
+
+    Raises:
+        UnknownNameError: Nothing of this kind has this name.
+    """
+    table = entries(kind)
+    if name not in table:
+        raise unknown_name(kind, name, table)
+    module, _, attribute = table[name].target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def add(kind: str, name: str, target: str, description: str = "") -> None:
+    """Register a name for this process, for tests and scripts; packages use entry points.
+
+    Raises:
+        InputError: The name is taken.
+    """
+    if name in entries(kind):
+        raise InputError(f"{kind} {name!r} is registered already; choose another name")
+    _TABLES[kind][name] = Entry(target, description)

@@ -1,0 +1,43 @@
+"""Rewards: how good the last interval was, one number per run each, higher is better.
+
+Called through the registry by the controller, at a decision, for the decision before. What cannot be computed (a
+first decision, no validation where accuracy is asked for) is 0. A rolled-back interval is not rewarded by these
+but by `ControlSpec.penalty`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trimtab.run_state import Array, Interval, RunState
+
+__all__ = ["accuracy_improvement", "improvement", "log_improvement", "negative_loss"]
+
+
+def _watched(interval: Interval) -> Array:
+    return np.where(np.isnan(interval.val_loss), interval.train_loss, interval.val_loss)
+
+
+def _known(value: Array) -> Array:
+    return np.where(np.isfinite(value), value, 0.0)
+
+
+def negative_loss(state: RunState) -> Array:
+    """-L: minus the validation loss (train loss where there is none), in the loss's unit; (R,)."""
+    return _known(-_watched(state.current))
+
+
+def improvement(state: RunState) -> Array:
+    """L_before - L: drop of the validation loss (train loss where there is none), in the loss's unit; (R,)."""
+    return _known(_watched(state.previous) - _watched(state.current))
+
+
+def log_improvement(state: RunState) -> Array:
+    """log(L_before / L), without unit, so that it means the same early and late; (R,)."""
+    with np.errstate(all="ignore"):
+        return _known(np.asarray(np.log(_watched(state.previous) / _watched(state.current))))
+
+
+def accuracy_improvement(state: RunState) -> Array:
+    """Rise of the validation accuracy, in shares of 1; 0 where no accuracy is reported; (R,)."""
+    return _known(state.current.accuracy - state.previous.accuracy)

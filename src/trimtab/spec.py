@@ -1,0 +1,249 @@
+"""ControlSpec: all that an agent is trained on and used with, in one object: knobs, signals, reward, timing, actions.
+
+Called by the controller (use) and by environments (learning), so that what was learned is what is run. Its
+fingerprint says whether two runs, an experience file or a brain speak of the same thing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import gymnasium
+import numpy as np
+import numpy.typing as npt
+
+from trimtab import registry
+from trimtab.agents.base import Actions, Agent, Base, Needs, Timing
+from trimtab.agents.scripted import Schedule, make_schedule
+from trimtab.errors import InputError, unknown_name
+from trimtab.knobs.base import Knob
+from trimtab.run_state import Array, RunState
+from trimtab.signals import Signal
+
+__all__ = ["ControlSpec", "make_agent"]
+
+
+def make_agent(name: str, options: Mapping[str, Any] | None = None, *, seed: int = 0, n_knobs: int = 1) -> Agent:
+    """Make a registered agent.
+
+    Args:
+        name: Its name in the registry.
+        options: Its options, as in a study file.
+        seed: Seed of its exploration, for agents that explore.
+        n_knobs: Knobs it moves, for agents that need to know.
+
+    Raises:
+        UnknownNameError: No such agent, or no such option.
+        InputError: An option is wrong.
+    """
+    maker = registry.load("agent", name)
+    known = dict(inspect.signature(maker).parameters)
+    given = dict(options or {})
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
+        known = dict(inspect.signature(_schedule_maker(name)).parameters)  # a schedule's options are its agent's
+    else:
+        own = {"seed": seed, "n_knobs": n_knobs}
+        for key in own:
+            if key in given:
+                raise InputError(f"option {key!r} of agent {name!r} is set by the run, leave it out")
+        given |= {key: value for key, value in own.items() if key in known}
+    for key in given:
+        if key not in known:
+            raise unknown_name(f"option of agent {name!r}", key, set(known) - {"seed", "n_knobs"})
+    try:
+        agent: Agent = maker(**given)
+    except TypeError as error:
+        raise InputError(f"agent {name!r}: {error}; options given: {options}") from error
+    return agent
+
+
+def _schedule_maker(name: str) -> Any:
+    from trimtab.agents.scripted import SCHEDULES
+
+    return SCHEDULES[name.removeprefix("default-")]
+
+
+@dataclass(frozen=True)
+class ControlSpec:
+    """What connects an agent to a run.
+
+    Attributes:
+        knobs: Names of the knobs that are moved, in order; K of them.
+        knob_options: Options of each knob (bounds, hold_decay), by its name.
+        signals: Names of the signals observed, in order; S of them.
+        reward: Name of the reward.
+        penalty: Reward of an interval that was rolled back or ended the run.
+        actions: How an action becomes a setting.
+        timing: When decisions are taken.
+        base: The schedule under the first knob, "lr".
+
+    Raises:
+        UnknownNameError: A name that no registry knows.
+        InputError: Knobs are missing or given twice, or a base schedule is given without "lr".
+    """
+
+    knobs: tuple[str, ...] = ("lr",)
+    knob_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    signals: tuple[str, ...] = ()
+    reward: str = "log_improvement"
+    penalty: float = -1.0
+    actions: Actions = field(default_factory=lambda: Actions("multiply", (1.0,)))
+    timing: Timing = field(default_factory=Timing)
+    base: Base = field(default_factory=Base)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.knobs, str) or not self.knobs or len(set(self.knobs)) != len(self.knobs):
+            raise InputError(f"knobs {self.knobs!r}; expected a sequence of one or more different names, such as ('lr',)")
+        for kind, given in (("knob", self.knobs), ("signal", self.signals), ("reward", (self.reward,))):
+            table = registry.entries(kind)
+            for name in given:
+                if name not in table:
+                    raise unknown_name(kind, name, table)
+        for name in self.knob_options:
+            if name not in self.knobs:
+                raise unknown_name("knob with options", name, self.knobs)
+        if self.base.name != "constant" and "lr" not in self.knobs:
+            raise InputError(f"base schedule {self.base.name!r} acts on 'lr', which is not among the knobs {self.knobs}")
+        if "lr" in self.knobs and "weight_decay" in self.knobs and self.knob_options.get("lr", {}).get("hold_decay"):
+            raise InputError("hold_decay=True and the knob 'weight_decay' would both write the decay; choose one")
+        for needed, signals in _SIGNAL_OF_KNOB.items():
+            if needed not in self.knobs and signals & set(self.signals):
+                raise InputError(f"signals {sorted(signals & set(self.signals))} speak of the knob {needed!r}, which is "
+                                 f"not among the knobs {self.knobs}")
+        make_schedule(self.base)
+
+    @classmethod
+    def for_agent(cls, agent: Agent, **changes: Any) -> ControlSpec:
+        """The spec that an agent asks for, with changes by field name.
+
+        Raises:
+            UnknownNameError: A change of a field that there is not.
+        """
+        needs: Needs = agent.needs
+        known = {item.name for item in fields(cls)}
+        for key in changes:
+            if key not in known:
+                raise unknown_name("field of a ControlSpec", key, known)
+        given = {"signals": needs.signals, "actions": needs.actions, "timing": needs.timing, "base": needs.base}
+        return cls(**{**given, **changes})
+
+    @property
+    def observation_space(self) -> gymnasium.spaces.Box:
+        """Bounds of one run's signals; shape (S,)."""
+        signals = self._signals()
+        low = np.array([signal.low for signal in signals], dtype=np.float64)
+        high = np.array([signal.high for signal in signals], dtype=np.float64)
+        return gymnasium.spaces.Box(low, high, shape=(len(signals),), dtype=np.float64)
+
+    @property
+    def action_space(self) -> gymnasium.Space[Any]:
+        """Space of one run's action: Discrete or MultiDiscrete for factors, Box (K,) for moves and settings."""
+        count = len(self.knobs)
+        if self.actions.kind == "multiply":
+            n_factors = len(self.actions.factors)
+            return gymnasium.spaces.Discrete(n_factors) if count == 1 else gymnasium.spaces.MultiDiscrete([n_factors] * count)
+        if self.actions.kind == "decades":
+            return gymnasium.spaces.Box(self.actions.low, self.actions.high, (count,), np.float64)
+        return gymnasium.spaces.Box(0.0, np.inf, (count,), np.float64)
+
+    def make_knobs(self) -> list[Knob]:
+        """New knobs, in order, not yet bound to a run.
+
+        Raises:
+            InputError: A knob's option is unknown or wrong.
+        """
+        made = []
+        for name in self.knobs:
+            maker, options = registry.load("knob", name), dict(self.knob_options.get(name, {}))
+            known = inspect.signature(maker).parameters
+            for key in options:
+                if key not in known:
+                    raise unknown_name(f"option of the knob {name!r}", key, known)
+            made.append(maker(**options))
+        return made
+
+    def make_schedule(self) -> Schedule:
+        """The base schedule."""
+        return make_schedule(self.base)
+
+    def _signals(self) -> list[Signal]:
+        return [registry.load("signal", name) for name in self.signals]
+
+    def make_observer(self) -> _Observer:
+        """The function from RunState to observation (R, S), with the signals looked up once."""
+        return _Observer(self._signals())
+
+    def observe(self, state: RunState) -> Array:
+        """All signals of a run, clipped to their bounds; (R, S)."""
+        return self.make_observer()(state)
+
+    def compute_reward(self, state: RunState) -> Array:
+        """Reward of the interval that just ended; (R,)."""
+        return np.asarray(registry.load("reward", self.reward)(state))
+
+    def decode(self, action: npt.NDArray[Any], settings: Array) -> Array:
+        """The settings that an action asks for, one column a knob; (R, K), (R, K) -> (R, K).
+
+        Raises:
+            InputError: The action has another shape, or is not finite.
+        """
+        action = np.asarray(action)
+        if action.shape != settings.shape or not np.all(np.isfinite(action)):
+            raise InputError(f"action {action!r} of shape {action.shape}; expected finite numbers of shape {settings.shape}, "
+                             "one column a knob")
+        return self.actions.decode(action, settings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; the inverse of `from_json`."""
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ControlSpec:
+        """Make a spec from what `to_json` gave.
+
+        Raises:
+            InputError: A key is unknown or missing, or a value has the wrong type.
+        """
+        known = {item.name for item in fields(cls)}
+        for key in data:
+            if key not in known:
+                raise unknown_name("key of a spec", key, known)
+        try:
+            return cls(
+                knobs=tuple(data["knobs"]),
+                knob_options=dict(data["knob_options"]),
+                signals=tuple(data["signals"]),
+                reward=data["reward"],
+                penalty=float(data["penalty"]),
+                actions=Actions(**{**data["actions"], "factors": tuple(data["actions"]["factors"])}),
+                timing=Timing(**data["timing"]),
+                base=Base(**data["base"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"a spec could not be read: {type(error).__name__}: {error}") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the spec as canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+_SIGNAL_OF_KNOB = {"lr": {"lr_log_ratio_start", "lr_unit"}, "weight_decay": {"weight_decay_unit"}}
+
+
+class _Observer:
+    def __init__(self, signals: list[Signal]) -> None:
+        self._signals = signals
+
+    def __call__(self, state: RunState) -> Array:
+        if not self._signals:
+            return np.zeros((1, 0))
+        return np.stack([signal(state) for signal in self._signals], axis=1)

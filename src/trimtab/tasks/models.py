@@ -1,0 +1,196 @@
+"""Networks of the tasks: MLP, two small convolutional networks, and a GPT.
+
+Called by the task modules. Weights are drawn from torch's global generator, which the training loop lends.
+
+The GPT is the architecture of nanoGPT (https://github.com/karpathy/nanoGPT, model.py; MIT), written anew:
+pre-norm blocks, causal attention, GELU, an output head tied to the token embedding, normal(0, 0.02) weights
+and residual projections scaled by 1/sqrt(2 layers). Deviation: none in the mathematics; the exact (erf) GELU
+as there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.errors import InputError
+
+__all__ = ["GPT", "GPTConfig", "digits_cnn", "mlp", "mnist_cnn"]
+
+
+def mlp(n_inputs: int, hidden: Sequence[int], n_outputs: int, dropout: float = 0.0) -> nn.Sequential:
+    """Fully connected network with ReLU, torch's default initialisation.
+
+    Args:
+        n_inputs: Features of a sample.
+        hidden: Width of each hidden layer.
+        n_outputs: Logits, or numbers.
+        dropout: Probability after each hidden layer; 0 leaves the layer out.
+    """
+    layers: list[nn.Module] = []
+    width = n_inputs
+    for units in hidden:
+        layers += [nn.Linear(width, units), nn.ReLU(), *([nn.Dropout(dropout)] if dropout > 0 else [])]
+        width = units
+    return nn.Sequential(*layers, nn.Linear(width, n_outputs))
+
+
+def digits_cnn(n_classes: int, dropout: float = 0.0) -> nn.Sequential:
+    """Two convolutions with pooling for images of 8 x 8: (B, 1, 8, 8) -> (B, n_classes)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 16, 4, 4)
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 32, 2, 2)
+        nn.Flatten(), *([nn.Dropout(dropout)] if dropout > 0 else []), nn.Linear(128, n_classes),
+    )  # fmt: skip
+
+
+def mnist_cnn(n_classes: int) -> nn.Sequential:
+    """The network of PyTorch's MNIST example: (B, 1, 28, 28) -> (B, n_classes), 1,199,882 parameters for 10.
+
+    Source: https://github.com/pytorch/examples, mnist/main.py. Deviation: logits instead of
+    log-probabilities.
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3), nn.ReLU(),  # (B, 32, 26, 26)
+        nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),  # (B, 64, 12, 12)
+        nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, n_classes),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a GPT; n_embd is a multiple of n_head."""
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    bias: bool = False
+
+
+class _Attention(nn.Module):
+    """Causal self-attention over all heads at once."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.projection = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        # A module although only its p is read, so that whoever looks for dropout in the model finds it.
+        self.attention_dropout = nn.Dropout(config.dropout)
+        self.residual_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        )  # (B, H, T, C/H)
+        p = self.attention_dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        out: Tensor = self.residual_dropout(self.projection(y.transpose(1, 2).reshape(B, T, C)))
+        return out
+
+
+class _Block(nn.Module):
+    """Pre-norm residual block: attention, then the feed-forward part."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attention = _Attention(config)
+        self.norm_mlp = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.expand = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.projection = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_attention(x))
+        out: Tensor = x + self.dropout(self.projection(F.gelu(self.expand(self.norm_mlp(x)))))
+        return out
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer: tokens (B, T) -> logits (B, T, V).
+
+    Args:
+        config: Its shape.
+
+    Raises:
+        InputError: n_embd is no multiple of n_head.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise InputError(
+                f"n_embd {config.n_embd} is no multiple of n_head {config.n_head}; change one of them"
+            )
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head.weight = self.tokens.weight
+        self._draw_weights()
+
+    def _draw_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("projection.weight"):  # two residual additions in each block
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token at every place.
+
+        Args:
+            tokens: (B, T) int64, T at most `block_size`.
+
+        Returns:
+            (B, T, V).
+        """
+        x = self.dropout(self.tokens(tokens) + self.positions.weight[: tokens.shape[1]])
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    def n_parameters(self, *, with_positions: bool = False) -> int:
+        """Number of parameters; without the position embedding, as nanoGPT counts them."""
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return count if with_positions else count - self.positions.weight.numel()
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, n_new: int, *, generator: torch.Generator) -> Tensor:
+        """Continue sequences by sampling from the model, one token at a time.
+
+        Args:
+            tokens: (B, T) int64, T at least 1; all but the last `block_size` are out of the model's sight.
+            n_new: Tokens to add.
+            generator: What the samples are drawn from; on the device of `tokens`.
+
+        Returns:
+            (B, T + n_new).
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            for _ in range(n_new):
+                logits = self(tokens[:, -self.config.block_size :])[:, -1]
+                new = torch.multinomial(logits.float().softmax(dim=-1), 1, generator=generator)
+                tokens = torch.cat((tokens, new), dim=1)
+        finally:
+            self.train(was_training)
+        return tokens

@@ -1,0 +1,362 @@
+"""Study files: what they may say, what they resolve to, and what is said of a wrong one."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimtab.errors import InputError, UnknownNameError
+from trimtab.experiments.design import load_study, study_names
+from trimtab.experiments.schema import parse_study, read_yaml
+
+GOOD = """
+study: mine
+idea: a test
+tasks: [digits-mlp]
+arms: [constant, q_learning]
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_a_rate_written_as_1e_minus_3_is_a_number(tmp_path):
+    text = GOOD + "lr: 1e-3\nsensitivity_lrs: [1e-4, 1.0e-2]\nweight_decay: 1e-1\n"
+    assert read_yaml(write(tmp_path, text))["lr"] == "1e-3"  # what PyYAML makes of it
+    study = load_study(write(tmp_path, text))
+    assert study.arms[0].lr == {"digits-mlp": 1e-3}
+    assert study.sensitivity_lrs == (1e-4, 1e-2)
+    assert study.settings["weight_decay"] == 0.1
+
+
+def test_defaults(tmp_path):
+    study = load_study(write(tmp_path, GOOD))
+    assert (study.n_seeds, study.root_seed, study.scale, study.tuning) == (5, 0, "small", None)
+    assert study.arms[0].lr == {"digits-mlp": None}
+    assert [(arm.id, arm.kind, arm.base) for arm in study.arms] == [
+        ("constant", "baseline", None),
+        ("q_learning", "learned", "constant"),
+    ]
+    assert study.settings == {
+        "total_steps": None,
+        "every": None,
+        "weight_decay": None,
+        "optimizer": None,
+        "device": "cpu",
+        "precision": "float32",
+        "threads": 1,
+    }
+
+
+def test_an_arm_written_out(tmp_path):
+    text = GOOD + ("reward: negative_loss\nlearn_runs: 4\n").replace("", "")
+    text = text.replace(
+        "arms: [constant, q_learning]",
+        "arms:\n  - {id: fast, agent: q_learning, base: cosine, options: {epsilon: 0.2}, lr: {digits-mlp: 0.01},"
+        " reward: improvement, learn_runs: 0}\n  - placebo:fast\n  - yoked:fast",
+    )
+    fast, placebo, yoked = load_study(write(tmp_path, text)).arms
+    assert (fast.agent, fast.kind, fast.base, fast.options) == (
+        "q_learning",
+        "learned",
+        "cosine",
+        {"epsilon": 0.2},
+    )
+    assert (fast.lr, fast.reward, fast.learn_runs) == ({"digits-mlp": 0.01}, "improvement", 0)
+    assert (placebo.agent, placebo.kind, placebo.of, placebo.options) == (
+        "q_learning",
+        "placebo",
+        "fast",
+        fast.options,
+    )
+    assert (yoked.agent, yoked.kind, yoked.of, yoked.base, yoked.lr) == (
+        "replay",
+        "yoked",
+        "fast",
+        "cosine",
+        fast.lr,
+    )
+
+
+def test_default_cosine_brings_its_own_rate(tmp_path):
+    text = GOOD.replace("[constant", "[default-cosine, constant") + "lr: 0.01\n"
+    assert [arm.lr["digits-mlp"] for arm in load_study(write(tmp_path, text)).arms] == [None, 0.01, 0.01]
+
+
+def test_benchmark_tasks_get_the_first_tasks_rate(tmp_path):
+    text = GOOD + "lr: {digits-mlp: 0.02}\nbenchmark_tasks: [digits-cnn]\n"
+    assert load_study(write(tmp_path, text)).arms[0].lr == {"digits-mlp": 0.02, "digits-cnn": 0.02}
+
+
+def test_a_scale_overrides_and_all_scales_are_checked(tmp_path):
+    text = GOOD + "scales: {smoke: {n_seeds: 2, total_steps: 30}}\n"
+    assert load_study(write(tmp_path, text), scale="smoke").n_seeds == 2
+    assert load_study(write(tmp_path, text), scale="small").n_seeds == 5
+    bad = GOOD + "scales: {full: {n_seeds: many}}\n"
+    with pytest.raises(
+        InputError, match=r"mine.yaml: scales.full.n_seeds: got 'many', expected a whole number"
+    ):
+        load_study(write(tmp_path, bad), scale="smoke")
+
+
+def test_what_the_caller_asks_for(tmp_path):
+    path = write(tmp_path, GOOD + "optional_tasks: [text8-gpt]\nbenchmark_tasks: [digits-cnn]\n")
+    study = load_study(path, tasks=["digits-cnn"], arms=["uwhg", "yoked:q_learning"], n_seeds=3, seed=7)
+    assert study.tasks == ("digits-cnn",)
+    assert study.optional_tasks == study.benchmark_tasks == ()
+    assert [arm.id for arm in study.arms] == ["uwhg", "yoked:q_learning"]
+    assert [arm.id for arm in study.support] == ["q_learning"]
+    assert (study.n_seeds, study.root_seed) == (3, 7)
+
+
+def test_the_tuned_arm_is_there_only_where_it_is_asked_for(tmp_path):
+    text = GOOD + "tuning: {arm: cosine, lrs: [1e-1, 1e-2], n_seeds: 2}\n"
+    tuning = load_study(write(tmp_path, text)).tuning
+    assert (tuning.arm.id, tuning.arm.kind, tuning.lrs, tuning.n_seeds) == (
+        "tuned-cosine",
+        "baseline",
+        (0.01, 0.1),
+        2,
+    )
+    assert load_study(write(tmp_path, text), arms=["constant"]).tuning is None
+    assert load_study(write(tmp_path, text), arms=["constant", "tuned-cosine"]).tuning == tuning
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("n_seeds: 0", "mine.yaml: n_seeds: got 0, expected a whole number of at least 1"),
+        ("n_seeds: five", "mine.yaml: n_seeds: got 'five', expected a whole number of at least 1"),
+        ("n_seeds: true", "mine.yaml: n_seeds: got True, expected a whole number of at least 1"),
+        ("n_seeds: 2.5", "mine.yaml: n_seeds: got 2.5, expected a whole number of at least 1"),
+        ("lr: 0", "mine.yaml: lr: got 0, expected a number above 0, or a mapping"),
+        ("lr: -1e-3", "mine.yaml: lr: got -1e-3, expected a number above 0"),
+        ("lr: .nan", "mine.yaml: lr: got nan, expected a finite number"),
+        ("lr: 1e999", "mine.yaml: lr: got 1e999, expected a finite number"),
+        (
+            "lr: fast",
+            "mine.yaml: lr: got 'fast', expected a number, or a mapping from tasks to numbers, or 'task'",
+        ),
+        ("lr: {digits-mlp: 0}", "mine.yaml: lr: got 0, expected a number above 0"),
+        ("lr: {digits-cnn: 1}", "mine.yaml: lr: no rate for the task 'digits-mlp'; give a number, or 'task'"),
+        ("lr: {digits: 1, digits-mlp: 1}", "unknown task in lr of mine.yaml 'digits'; did you mean 'digits-"),
+        ("lr: true", "mine.yaml: lr: got True, expected a number"),
+        ("learning_rate: 0.1", "unknown key in mine.yaml 'learning_rate'; did you mean 'lr'? known: arms,"),
+        ("sensitivity_lrs: [0.1, inf]", "mine.yaml: sensitivity_lrs.1: got inf, expected a finite number"),
+        ("sensitivity_lrs: 0.1", "mine.yaml: sensitivity_lrs: got 0.1, expected a valid tuple"),
+        ("weight_decay: -1", "mine.yaml: weight_decay: got -1, expected 0 or more"),
+        (
+            "every: sometimes",
+            "mine.yaml: every: got 'sometimes', expected a whole number of optimizer steps, or",
+        ),
+        ("optimizer: adamm", "mine.yaml: optimizer: got 'adamm', expected 'sgd', 'adam' or 'adamw'"),
+        (
+            "tuning: {arm: cosine, lrs: [0.1], n_seeds: 1}",
+            "mine.yaml: tuning.lrs: got (0.1,), expected at least 2 entries",
+        ),
+        (
+            "tuning: {arm: cosine, lr: [0.1, 1], n_seeds: 1}",
+            "unknown key in tuning of mine.yaml 'lr'; did you",
+        ),
+        (
+            "tuning: {arm: q_learning, lrs: [0.1, 1], n_seeds: 1}",
+            "tuning.arm: got 'q_learning', expected a baseline",
+        ),
+        (
+            "tuning: {arm: cosine, lrs: [0.1, 0.1], n_seeds: 1}",
+            "mine.yaml: tuning.lrs: a rate is there twice",
+        ),
+        ("benchmark_tasks: [digits-mlp]", "mine.yaml: the task 'digits-mlp' is there twice"),
+        ("optional_tasks: [text9-gpt]", "unknown task 'text9-gpt'; did you mean 'text8-gpt'?"),
+        ("reward: loss", "unknown reward 'loss'; known: accuracy_improvement, "),
+        ("device: gpu", "mine.yaml: device: got 'gpu', expected a text like ^(auto|cpu|cuda"),
+        ("scales: {tiny: {}}", "unknown scale in mine.yaml 'tiny'; "),
+        (
+            "scales: {smoke: {seeds: 2}}",
+            "unknown key in scales.smoke of mine.yaml 'seeds'; did you mean 'seed'?",
+        ),
+        ("scales: {smoke: {study: other}}", "unknown key in scales.smoke of mine.yaml 'study'"),
+        (
+            "user_config: {when: 2026-11-21}",
+            "mine.yaml: user_config: got datetime.date(2026, 11, 21), expected",
+        ),
+        ("7: 8", "mine.yaml: a key is a name, got 7"),
+        (
+            "study: again",
+            "mine.yaml is not valid YAML: the key 'study' is there twice (the second time in line 6)",
+        ),
+        ("user_config: &a {x: *a}", "is not valid YAML: aliases (*a) are not used in study files"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(tmp_path, change, text):
+    with pytest.raises(InputError) as caught:
+        load_study(write(tmp_path, GOOD + change + "\n"))
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arms", "text"),
+    [
+        ("[]", "mine.yaml: arms: got [], expected at least 1 entries"),
+        ("[q_lerning]", "unknown arm 'q_lerning'; did you mean 'q_learning'?"),
+        ("[yoked:q_lerning]", "unknown arm 'q_lerning'; did you mean 'q_learning'?"),
+        ("[{id: a, agent: q_lerning}]", "unknown agent of arm 'a' 'q_lerning'; did you mean 'q_learning'?"),
+        (
+            "[{id: a, agent: q_learning, base: cosin}]",
+            "unknown base of arm 'a' 'cosin'; did you mean 'cosine'?",
+        ),
+        ("[{id: a, agent: q_learning, rate: 1}]", "unknown key in arms.0 of mine.yaml 'rate'; did you mean"),
+        ("[{id: a, agent: q_learning, lr: 0}]", "mine.yaml: arms.0.lr: got 0, expected a number above 0"),
+        ("[{id: ../a, agent: cosine}]", "mine.yaml: arms.0.id: got '../a', expected a text like"),
+        ("[{agent: cosine}]", "mine.yaml: arms.0.id: is missing"),
+        ("[5]", "mine.yaml: arms.0: got 5, expected a valid dictionary"),
+        ("[cosine, cosine]", "mine.yaml: arms: 'cosine' is there twice"),
+        (
+            "[{id: cosine, base: step}]",
+            "arm 'cosine': base is for arms that decide; a baseline is its own schedule",
+        ),
+        ("[{id: cosine, reward: improvement}]", "arm 'cosine': reward and learn_runs are for learned arms"),
+        ("[{id: default-cosine, lr: 1}]", "arm 'default-cosine': lr: default-cosine brings its own rate"),
+        ("[replay]", "arm 'replay': 'replay' needs decisions to replay; use yoked:ARM"),
+        ("[placebo:yoked:uwhg]", "mine.yaml: arms.0.id: got 'placebo:yoked:uwhg', expected a text"),
+        (
+            "[uwhg, {id: 'yoked:uwhg', lr: 1}]",
+            "arm 'yoked:uwhg': lr: a yoked arm takes its settings from 'uwhg'",
+        ),
+    ],
+)
+def test_a_wrong_arm_is_named(tmp_path, arms, text):
+    with pytest.raises(InputError) as caught:
+        load_study(write(tmp_path, GOOD.replace("[constant, q_learning]", arms)))
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "is empty; expected at least study, idea, tasks and arms"),
+        (b"# only words\n", "is empty"),
+        (b"[1, 2]", "holds a list, expected a mapping of keys"),
+        (b"just words", "holds a str, expected a mapping"),
+        (GOOD.encode()[:-9], "is not valid YAML"),
+        (b"\xff\xfe\x00study", "is not UTF-8 text (byte 0)"),
+        (b"study: \x00", "is not valid YAML"),
+        (b"? [a]\n: 1\n", "is not valid YAML: "),
+        (b"a: !!python/object/apply:os.system [ls]", "is not valid YAML: could not determine a constructor"),
+        (b"[" * 5000, "is not valid YAML"),
+        (b"study: mine\n", "idea: is missing; every study needs study, idea, tasks and arms"),
+    ],
+)
+def test_a_file_that_is_no_study(tmp_path, content, text):
+    with pytest.raises(InputError) as caught:
+        load_study(write(tmp_path, content))
+    assert text in str(caught.value)
+    assert "mine.yaml" in str(caught.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.text(max_size=60).map(str.encode),
+        st.from_regex(r"(study|!!\w+|- |\{|&a|\*a|: |\n|\[|[a-z0-9.])*", fullmatch=True).map(str.encode),
+    )
+)
+def test_random_files_are_one_error_of_ours(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("random") / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError):
+        load_study(path)
+
+
+def test_our_studies_are_good_at_every_scale():
+    assert sorted(study_names()) == ["demo", "transformer-lr"]
+    for name, path in study_names().items():
+        for scale in ("smoke", "small", "full"):
+            assert parse_study(read_yaml(path), path.name, scale).study == name
+            load_study(name, scale=scale)
+
+
+def test_the_demo_is_what_was_promised():
+    study = load_study("demo")
+    assert study.tasks == ("digits-mlp",)
+    assert study.n_seeds == 5
+    assert [arm.id for arm in study.arms] == [
+        "constant",
+        "step",
+        "exponential",
+        "cosine",
+        "default-cosine",
+        "uwhg",
+        "q_learning",
+        "placebo:q_learning",
+        "yoked:q_learning",
+    ]
+    assert study.tuning.arm.id == "tuned-cosine"
+    assert study.optional_tasks == ()
+
+
+def test_the_transformer_study_is_what_was_promised():
+    study = load_study("transformer-lr")
+    arms = {arm.id: arm for arm in study.arms}
+    assert study.optional_tasks == ("enwik8-gpt", "text8-gpt")
+    assert arms["run_0"].lr == {"shakespeare-gpt": 1e-3, "enwik8-gpt": 5e-4, "text8-gpt": 5e-4}
+    assert arms["run_1"].lr == arms["run_0"].lr
+    for run in ("run_2", "run_3", "run_4", "cosine_2x"):
+        assert arms[run].lr == {"shakespeare-gpt": 2e-3, "enwik8-gpt": 1e-3, "text8-gpt": 1e-3}
+    assert arms["run_3"].reward == "improvement"
+    assert arms["run_2"].reward == "negative_loss"
+    assert arms["run_4"].options["epsilon_schedule"] == "exponential"
+    for k in range(1, 5):
+        assert arms[f"run_{k}"].base == "cosine"
+        assert arms[f"placebo:run_{k}"].of == arms[f"yoked:run_{k}"].of == f"run_{k}"
+    assert study.final_info is True
+    assert load_study("transformer-lr", scale="full").settings["device"] == "auto"
+
+
+def test_names_of_studies(tmp_path):
+    with pytest.raises(UnknownNameError, match="unknown study 'demmo'; did you mean 'demo'"):
+        load_study("demmo")
+    with pytest.raises(
+        InputError, match=r"there is no study file .*nowhere.yaml; give a YAML file, or one of: demo"
+    ):
+        load_study(tmp_path / "nowhere.yaml")
+    with pytest.raises(InputError, match=r"cannot read the study file .*: Is a directory"):
+        read_yaml(tmp_path)
+    with pytest.raises(UnknownNameError, match="unknown scale 'tiny'"):
+        load_study("demo", scale="tiny")
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({"tasks": ["digits"]}, "unknown task 'digits'; did you mean 'digits-"),
+        ({"tasks": ["digits-mlp", "digits-mlp"]}, "tasks: 'digits-mlp' is there twice"),
+        ({"tasks": []}, "tasks: got an empty name"),
+        ({"arms": ["constant", " "]}, "arms: got an empty name"),
+        ({"arms": ["placebo:tuned-cosine"]}, "the tuned arm is an open-loop schedule and has no placebo"),
+        ({"n_seeds": 0}, "n_seeds: got 0, expected a whole number of at least 1"),
+        ({"n_seeds": math.nan}, "n_seeds: got nan, expected a whole number"),
+        ({"seed": -1}, "seed: got -1, expected a whole number of at least 0"),
+    ],
+)
+def test_a_wrong_question_is_refused(asked, text):
+    with pytest.raises(InputError) as caught:
+        load_study("demo", **asked)
+    assert text in str(caught.value)
+
+
+def test_reading_a_study_imports_no_torch():
+    code = (
+        "import sys; from trimtab.experiments.design import load_study; load_study('demo');"
+        "print([name for name in ('torch', 'numpy', 'scipy', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

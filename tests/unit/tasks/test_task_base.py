@@ -1,0 +1,102 @@
+"""Task: what it refuses, what `replace` does, the three losses, and every registered task at every scale."""
+
+import math
+
+import pytest
+import torch
+
+from trimtab import registry
+from trimtab.errors import InputError, UnknownNameError
+from trimtab.tasks.base import Data, Split, Task
+
+OURS = ["digits-cnn", "digits-mlp", "enwik8-gpt", "mnist-cnn", "shakespeare-gpt", "text8-gpt", "titanic-fcnn"]
+
+
+def no_data(data_dir):
+    empty = Split(torch.empty(0), torch.empty(0))
+    return Data(empty, empty, empty, {})
+
+
+def make_task(**changes):
+    kind = changes.pop("kind", "classification")
+    return Task("t", "none", kind, no_data, lambda data: torch.nn.Linear(1, 1), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.0}, "task 't': lr is 0.0; expected a finite number above 0"),
+        ({"lr": math.nan}, "task 't': lr is nan; expected a finite number above 0"),
+        ({"lr": "1e-3"}, "task 't': lr is '1e-3'; expected a finite number above 0"),
+        ({"batch_size": 0}, "task 't': batch_size is 0; expected a whole number of at least 1"),
+        ({"accumulation": True}, "task 't': accumulation is True; expected a whole number of at least 1"),
+        ({"total_steps": 2.5}, "task 't': total_steps is 2.5; expected a whole number of at least 1"),
+        ({"weight_decay": -1.0}, "task 't': weight_decay is -1.0; expected a finite number of at least 0"),
+        ({"betas": (0.9, 1.0)}, r"task 't': betas is \(0.9, 1.0\); expected two numbers in \[0, 1\)"),
+        ({"grad_clip": 0.0}, "task 't': grad_clip is 0.0; expected a finite number above 0, or None"),
+        ({"warmup_steps": -1}, "task 't': warmup_steps is -1; expected 0 or a whole number"),
+        (
+            {"block_size": 8},
+            "task 't': block_size is 8; expected a whole number of at least 1 for text, and None",
+        ),
+        (
+            {"kind": "language-modelling"},
+            "task 't': block_size is None; expected a whole number of at least 1",
+        ),
+        ({"kind": "clasification"}, "unknown kind of task 'clasification'; did you mean 'classification'?"),
+        ({"optimizer": "adamW"}, "unknown optimizer 'adamW'; did you mean 'adamw'? known: adam, adamw, sgd"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(changes, message):
+    with pytest.raises(InputError, match=message):
+        make_task(**changes)
+
+
+def test_replace_changes_the_named_fields_alone():
+    task = make_task()
+    other = task.replace(lr=0.5, accumulation=2)
+    assert (other.lr, other.accumulation, other.batch_size) == (0.5, 2, task.batch_size)
+    assert task.lr == 1e-3
+
+
+def test_replace_refuses_unknown_fields_and_wrong_values():
+    with pytest.raises(
+        UnknownNameError, match=r"unknown field of a task 'learning_rate'; did you mean 'lr'\?"
+    ):
+        make_task().replace(learning_rate=0.1)
+    with pytest.raises(InputError, match="lr is -1"):
+        make_task().replace(lr=-1)
+
+
+def test_losses_have_their_closed_forms():
+    classes = make_task().loss(torch.zeros(4, 10), torch.arange(4))
+    text = make_task(kind="language-modelling", block_size=3).loss(
+        torch.zeros(2, 3, 65), torch.zeros(2, 3, dtype=torch.int64)
+    )
+    numbers = make_task(kind="regression").loss(torch.tensor([[1.0], [3.0]]), torch.tensor([0.0, 0.0]))
+    assert classes.item() == pytest.approx(math.log(10))
+    assert text.item() == pytest.approx(math.log(65))
+    assert numbers.item() == 5.0
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_task_has_three_scales_and_refuses_others(name):
+    make = registry.load("task", name)
+    tasks = [make(scale) for scale in ("smoke", "small", "full")]
+    assert [task.name for task in tasks] == [name] * 3
+    assert tasks[0].total_steps < tasks[1].total_steps <= tasks[2].total_steps
+    assert all(
+        task.total_steps >= 4 * task.eval_every and task.warmup_steps < task.total_steps for task in tasks
+    )
+    assert (
+        make() == make("small")
+        or make().replace(load=tasks[1].load, make_model=tasks[1].make_model) == tasks[1]
+    )
+    with pytest.raises(
+        UnknownNameError, match=r"unknown scale 'smal'; did you mean 'small'\? known: full, small, smoke"
+    ):
+        make("smal")
+
+
+def test_the_registry_lists_exactly_these_tasks():
+    assert [name for name in registry.names("task") if name in OURS] == OURS
