@@ -30,7 +30,18 @@ __all__ = ["Brain"]
 
 FORMAT = "trimtab-brain"
 VERSION = 1
-_KEYS = {"format", "version", "agent", "options", "spec", "fingerprint", "state", "tensors", "sha256", "provenance"}
+_KEYS = {
+    "format",
+    "version",
+    "agent",
+    "options",
+    "spec",
+    "fingerprint",
+    "state",
+    "tensors",
+    "sha256",
+    "provenance",
+}
 _MAX_JSON_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 16
 _SHIPPED: dict[str, dict[str, Any]] = {"default": {}, "default-open": {"base": "constant"}}
@@ -72,8 +83,10 @@ class Brain:
         try:
             spec = ControlSpec.from_json(data["spec"])
             if spec.fingerprint != data["fingerprint"]:
-                raise BrainError(f"its spec has the fingerprint {spec.fingerprint}, the file says {data['fingerprint']}; "
-                                 "it was changed after it was saved")
+                raise BrainError(
+                    f"its spec has the fingerprint {spec.fingerprint}, the file says {data['fingerprint']}; "
+                    "it was changed after it was saved"
+                )
             agent = make_agent(data["agent"], data["options"], n_knobs=len(spec.knobs))
             agent.load_state_dict(_merge(data["state"], _read_weights(folder, data)))
         except (InputError, TypeError, AttributeError, ValueError, KeyError) as error:
@@ -121,7 +134,9 @@ class Brain:
             return
         mine, theirs = self.spec.to_json(), spec.to_json()
         parts = [f"{key}: {mine[key]} here, {theirs[key]} asked for" for key in mine if mine[key] != theirs[key]]
-        raise BrainError(f"this brain was made for another spec ({'; '.join(parts)}); use it with its own, or learn a new one")
+        raise BrainError(
+            f"this brain was made for another spec ({'; '.join(parts)}); use it with its own, or learn a new one"
+        )
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -131,14 +146,17 @@ def _read_description(folder: Path) -> dict[str, Any]:
             raise BrainError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; that is no brain of ours")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BrainError(f"no brain in {folder}: {path.name} is missing; expected a folder that Brain.save wrote, or "
-                         "'default'") from error
+        raise BrainError(
+            f"no brain in {folder}: {path.name} is missing; expected a folder that Brain.save wrote, or 'default'"
+        ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BrainError(f"{path} cannot be read as JSON ({error}); it is torn or foreign, copy it anew") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise BrainError(f"{path} is not a brain: expected the format {FORMAT!r}")
     if data.get("version") != VERSION:
-        raise BrainError(f"{path} has version {data.get('version')!r}, this trimtab reads version {VERSION}; upgrade trimtab")
+        raise BrainError(
+            f"{path} has version {data.get('version')!r}, this trimtab reads version {VERSION}; upgrade trimtab"
+        )
     for key in data:
         if key not in _KEYS:
             raise BrainError(f"{path}: {unknown_name('key', key, _KEYS)}")
@@ -155,7 +173,9 @@ def _read_weights(folder: Path, data: dict[str, Any]) -> dict[str, torch.Tensor]
     for key, entry in data["tensors"].items():
         shape, dtype = entry["shape"], _DTYPES.get(entry["dtype"])
         if dtype is None or not all(isinstance(n, int) and 0 <= n < 1 << 31 for n in shape):
-            raise BrainError(f"tensor {key!r} has dtype {entry['dtype']!r} and shape {shape}; expected one of {sorted(_DTYPES)}")
+            raise BrainError(
+                f"tensor {key!r} has dtype {entry['dtype']!r} and shape {shape}; expected one of {sorted(_DTYPES)}"
+            )
         expected += math.prod(shape) * dtype.itemsize
     size = path.stat().st_size if path.exists() else -1
     if not expected <= size <= expected + _MAX_HEADER_BYTES:
@@ -168,7 +188,8 @@ def _read_weights(folder: Path, data: dict[str, Any]) -> dict[str, torch.Tensor]
     except SafetensorError as error:
         raise BrainError(f"{path.name}: {error}") from error
     found = {
-        key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")} for key, value in tensors.items()
+        key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        for key, value in tensors.items()
     }
     if found != data["tensors"]:
         raise BrainError(f"{path.name} holds {found}, the description says {data['tensors']}")

@@ -11,7 +11,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import trimtab
 from trimtab import registry
 from trimtab.errors import InputError, TrimtabError, unknown_name
 
@@ -81,11 +81,7 @@ def _guarded(action: Callable[[], int], how_to_resume: str = "") -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        try:
-            version = metadata.version("trimtab")
-        except metadata.PackageNotFoundError:
-            version = "(run from source, not installed)"
-        Console().print(f"trimtab {version}", highlight=False)
+        Console().print(f"trimtab {trimtab.__version__}", highlight=False)
         raise typer.Exit(0)
 
 
@@ -159,8 +155,9 @@ def run_command(  # noqa: PLR0913 (one argument for each option of the command)
         )
         screen = Console(stderr=True, highlight=False)
         _print_summary(outcome.out)
-        for task, why in outcome.left_out.items():
-            screen.print(f"left out: {task}: {why}", markup=False, soft_wrap=True)
+        if outcome.left_out:
+            names = ", ".join(outcome.left_out)
+            screen.print(f"left out, since their data was not found: {names}", markup=False, soft_wrap=True)
         for directory, why in outcome.failed.items():
             screen.print(f"failed: {directory}: {why}", markup=False, soft_wrap=True)
         if outcome.failed:
@@ -246,9 +243,7 @@ def _rows(what: str) -> dict[str, str] | str:
 
         return {name: str(read_yaml(path).get("idea")) for name, path in study_names().items()}
     if what == "arms":
-        rows = {
-            name: entry.description for name, entry in registry.entries("agent").items() if name != "replay"
-        }
+        rows = {name: entry.description for name, entry in registry.entries("agent").items() if name != "replay"}
         rows["placebo:ARM"] = "ARM decides, and only its base schedule is written"
         rows["yoked:ARM"] = "replays, without looking, the decisions ARM took under another seed"
         rows["tuned-ARM"] = "a baseline at the rate that a study's `tuning` chose on other seeds"
@@ -259,9 +254,7 @@ def _rows(what: str) -> dict[str, str] | str:
 
 def _check_study(directory: Path) -> None:
     if not (directory / "study.json").is_file():
-        raise InputError(
-            f"there is no study in {directory}: expected study.json in it, as `trimtab run` writes it"
-        )
+        raise InputError(f"there is no study in {directory}: expected study.json in it, as `trimtab run` writes it")
 
 
 def _command_line(study: str, given: dict[str, Any]) -> str:

@@ -20,18 +20,19 @@ from torch.optim import Optimizer
 
 from trimtab.agents.base import Agent, Array, Timing
 from trimtab.brain import Brain
-from trimtab.errors import ConflictError, InputError, unknown_name
+from trimtab.errors import InputError, unknown_name
 from trimtab.gradients import GradientProbe
+from trimtab.hand import Hand
 from trimtab.records import Decision
 from trimtab.run_state import Interval, RunState
-from trimtab.safety import Guard, Safety, Snapshot, Verdict
+from trimtab.safety import GOOD, Guard, Safety, Snapshot, Verdict, log_noise
 from trimtab.spec import ControlSpec, make_agent
 from trimtab.writers import find_writers
 
 __all__ = ["Controller"]
 
+_NO_LOSS = "step() needs the loss of the step just taken, one number; got {}"
 _log = logging.getLogger("trimtab")
-_NEVER = 1 << 62
 
 
 class Controller:
@@ -55,10 +56,7 @@ class Controller:
         spec: The spec in use.
         agent: The agent in use.
         state: The RunState that signals and rewards read.
-        decisions: Every decision so far.
-        last_reward: Reward of the last interval; None before the first decision.
         last_interval: What was measured in the last interval, whatever became of it; None before the first.
-        last_observation: The signals at the last decision, in the spec's order; zeros before the first.
         status: "running", "over" (budget used), "gave_up" (the guard's last word) or "conflict".
 
     Raises:
@@ -81,55 +79,56 @@ class Controller:
         mode: Literal["learn", "use", "placebo"] = "learn",
     ) -> None:
         _check(optimizer, model, total_steps, mode)
+        for key, value, kind in (("spec", spec, ControlSpec), ("safety", safety, Safety)):
+            if value is not None and not isinstance(value, kind):
+                raise InputError(f"{key} is a {type(value).__name__}; expected a trimtab.{kind.__name__} or None")
         self.agent, self.spec = _resolve(agent_or_brain, knobs, every, spec)
         self.safety = safety or Safety()
         self.mode = mode
         self.state = RunState(optimizer, model, loader, total_steps)
-        self.decisions: list[Decision] = []
-        self.last_reward: float | None = None
+        self._last_reward: float | None = None
+        self._is_first = True
         self.last_interval: Interval | None = None
-        self.last_observation: list[float] = [0.0] * len(self.spec.signals)
+        self._last_observation: Array | None = None
         self.status = "running"
         self._epoch_steps = _epoch_steps(self.spec.timing, loader)
-        self._schedule = self.spec.make_schedule()
-        self._varies = self.spec.base.name != "constant"
-        self._factor_at(0)
         if "lr" in self.spec.knobs and (writers := find_writers(optimizer, but=self)):
-            self._meet_conflict(f"{' and '.join(writers)} is attached to the optimizer and would overwrite the rate",
-                                at_start=True)
-        self._knobs = self.spec.make_knobs()
-        found = [knob.bind(self.state) for knob in self._knobs]
-        self._rate = next((knob for knob in self._knobs if knob.name == "lr"), None)
-        self._levels: Array = np.stack(found, axis=1)
-        if self._rate is not None:
-            start = self.agent.initial_setting(type(optimizer).__name__)
-            if start is not None:
-                self._levels[:, self._knobs.index(self._rate)] = start
-        for column, knob in enumerate(self._knobs):
-            self.state.initial_settings[knob.name] = self._levels[:, column].copy()
-        self._note_settings()
+            found = f"{' and '.join(writers)} is attached to the optimizer and would overwrite the rate"
+        else:
+            found = ""
+        start = self.agent.initial_setting(type(optimizer).__name__)
+        self._hand = Hand(self.spec, self.state, self.safety.gate, start)
+        if found:
+            self._hand.yield_to("lr", found, 0, 0, self.safety.on_conflict)
+            self.status = "conflict"
+        self._check_actions()
         self._observe = self.spec.make_observer()
+        self._reward = self.spec.make_reward()
         self._guard = Guard(self.safety.cut, self.safety.max_rollbacks) if self._has_guard() else None
         self._snapshot = Snapshot(optimizer, model, on_cpu=self.safety.snapshot_on_cpu)
         self._probe = GradientProbe(optimizer)
         self._best: dict[str, Tensor] | None = None
         self._losses: list[Tensor | float] = []
+        self._noise = 0.0
         self._val_loss = self._accuracy = math.nan
         self._t = 0
-        self._n_skipped = 0
         self._index = 0
-        self._last_change: int | None = None
         self._agent_state: Any = None
         self._pending: tuple[Array, Any] | None = None
         self._has_warned = False
         self._next = 0
         if self.status == "running":
             self._set_next()
-            self._write_base()
+            self._hand.write_all(0)
             if self._guard is not None:
                 self._snapshot.take()
 
     # ---- what the loop calls ------------------------------------------------------------------------------------
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """Every decision so far: the agent's, the guard's, and the end of control where there was one."""
+        return self._hand.decisions
 
     @property
     def is_due(self) -> bool:
@@ -137,9 +136,14 @@ class Controller:
         return self.status == "running" and self._t + 1 >= self._next
 
     @property
+    def n_steps(self) -> int:
+        """Calls of `step` so far; those beyond the budget are not counted."""
+        return self._t
+
+    @property
     def n_skipped_steps(self) -> int:
         """Calls of `step` before which the optimizer took no step (a gradient scaler skipped it)."""
-        return self._n_skipped
+        return self._t - self._probe.n_steps + self._probe.count_found_inf()
 
     @property
     def n_rollbacks(self) -> int:
@@ -173,23 +177,21 @@ class Controller:
         """
         if val_loss is not None or metrics:
             self.report(val_loss, metrics)
-        if self.status != "running":
+        t = self._t + 1
+        if t >= self._next and self.status != "running":
             self._beyond()
             return []
-        try:
-            self._losses.append(loss.detach().clone() if isinstance(loss, Tensor) else float(loss))
-        except (TypeError, ValueError):
-            raise InputError(f"step() needs the loss of the step just taken, one number; got {loss!r}") from None
-        probe = self._probe
-        self._t += 1
-        probe.step = self._t
-        self._n_skipped = self._t - probe.n_steps
-        if self._t >= self._next:
-            return self._decide()
-        if self._varies:
-            self._write_base()
+        if isinstance(loss, Tensor):
+            # A copy: the caller may reuse the memory, as loops do that add up micro-batches in one tensor.
+            self._losses.append((loss.detach() if loss.dim() == 0 else _to_scalar(loss)).clone())
         else:
-            self._check_owner(may_sync=False)
+            self._losses.append(_to_number(loss, _NO_LOSS.format(repr(loss))))
+        self._t = t
+        if t >= self._next:
+            return self._decide()
+        if not self._hand.follow_base(t):
+            self._is_owner()  # it is not: says by whom, and ends control
+            return self.decisions[-1:]
         return []
 
     def report(self, val_loss: float | Tensor | None = None, metrics: Mapping[str, float] | None = None) -> None:
@@ -200,28 +202,35 @@ class Controller:
             metrics: "accuracy" in [0, 1] is used, other names are refused.
 
         Raises:
-            InputError: Nothing was given, or an unknown metric.
+            InputError: Nothing was given, an unknown metric, or no number.
         """
-        for name, value in (metrics or {}).items():
+        if val_loss is None and not metrics:
+            raise InputError("report() was given nothing; expected val_loss=... or an accuracy")
+        value = math.nan if val_loss is None else _to_number(val_loss, f"val_loss is {val_loss!r}; expected one number")
+        for name, given in (metrics or {}).items():
             if name != "accuracy":
                 raise unknown_name("metric", name, ("accuracy",))
-            self._accuracy = float(value)
+            wrong = f"accuracy is {given!r}; expected a number in [0, 1]"
+            accuracy = _to_number(given, wrong)
+            if not 0 <= accuracy <= 1:
+                raise InputError(wrong)
+            self._accuracy = accuracy
         if val_loss is None:
             return
-        value = float(val_loss)
         value = math.inf if math.isnan(value) else value
         self._val_loss = value
         state = self.state
         if self._t == 0:
-            state.initial_val_loss = np.array([value])
-        if not value >= float(state.best_val_loss[0]):
+            state.note_val_loss(value)
             if math.isfinite(value):
-                state.best_val_loss = np.array([value])
+                self._keep_best()
+        elif math.isfinite(value) and not value >= state.summary.best_val_loss:
+            state.summary = state.summary._replace(best_val_loss=value)
             self._keep_best()
 
     def read_knobs(self) -> dict[str, float]:
         """Present value of each knob, read from where it acts; may wait for a device."""
-        return {knob.name: float(knob.read(self.state)[0]) for knob in self._knobs}
+        return self._hand.read()
 
     def best_state(self) -> dict[str, Tensor]:
         """Weights and buffers of the model at its best reported validation loss, as a `state_dict`; copies.
@@ -232,31 +241,31 @@ class Controller:
         if self.state.model is None:
             raise InputError("best_state() needs the model: give it as model=... when the controller is made")
         if self._best is None:
-            raise InputError("best_state() needs a validation loss: call report(val_loss=...) while training")
+            raise InputError("best_state() needs a finite validation loss: call report(val_loss=...) while training")
         return {key: value.clone() for key, value in self._best.items()}
 
     # ---- one decision -------------------------------------------------------------------------------------------
 
     def _decide(self) -> list[Decision]:
         state = self.state
-        if not self._check_owner(may_sync=True):
+        if not self._is_owner():
             return self.decisions[-1:]
         state.optimizer_steps = self._t
-        before = state.measurements()
+        before = state.summary
+        is_over = state.total_steps is not None and self._t >= state.total_steps
         interval, weights_are_finite = self._measure()
         state.record(interval)
-        verdict = Verdict("ok")
+        verdict = GOOD
         if self._guard is not None:
-            verdict = self._guard.judge(state, weights_are_finite=weights_are_finite)
-        is_over = state.total_steps is not None and self._t >= state.total_steps
-        reward = np.array([self.spec.penalty]) if verdict.kind != "ok" else self.spec.compute_reward(state)
-        self.last_reward = float(reward[0])
+            verdict = self._guard.judge(state, weights_are_finite=weights_are_finite, noise=self._noise)
         observation = self._observe(state)
-        self.last_interval, self.last_observation = interval, observation[0].tolist()
-        if self._pending is not None and self.mode != "use":
+        self.last_interval, self._last_observation = interval, observation
+        is_bad = verdict is not GOOD or not math.isfinite(state.watched_loss())
+        self._last_reward = self.spec.penalty if is_bad else None
+        if self._pending is not None and self.mode != "use" and self.agent.is_learned:
             ended = np.array([is_over or verdict.kind == "give_up"])
-            self.agent.update(*self._pending, reward, observation, ended)
-            self._pending = None
+            self.agent.update(*self._pending, np.array([self.last_reward]), observation, ended)
+        self._pending = None
         first = len(self.decisions)
         if verdict.kind == "give_up":
             self._give_up(verdict.reason)
@@ -264,99 +273,88 @@ class Controller:
             if verdict.kind == "roll_back":
                 self._snapshot.restore()
                 self._probe.forget()
-                state.rewind(before)
-            if not is_over or verdict.kind == "roll_back":
-                self._act(observation, verdict, is_over=is_over)
+                state.summary = before._replace(initial_val_loss=state.summary.initial_val_loss)
+                self._is_first = True
+            self._act(observation, verdict, is_over=is_over)
             if is_over:
                 self.status = "over"
-                self._write_base()
             elif self._guard is not None:
                 self._snapshot.take()
         self._index += 1
         self._set_next()
         return self.decisions[first:]
 
+    @property
+    def last_reward(self) -> float | None:
+        """Reward of the last interval, worked out when it is first asked for; None before the first decision."""
+        if self._last_reward is None and self.last_interval is not None:
+            self._last_reward = float(self._reward(self.state)[0])
+        return self._last_reward
+
+    @property
+    def last_observation(self) -> list[float]:
+        """The signals at the last decision, in the spec's order; zeros before the first."""
+        observation = self._last_observation
+        return [0.0] * len(self.spec.signals) if observation is None else [float(value) for value in observation[0]]
+
     def _measure(self) -> tuple[Interval, bool]:
         """Bring losses, gradient statistics and a check of the weights over in one transfer."""
-        pending = self._probe.pending()
-        on_device = [loss.reshape(()) for loss in self._losses if isinstance(loss, Tensor)]
-        parts = [torch.stack(on_device).double()] if on_device else []
-        device = parts[0].device if parts else torch.device("cpu")
-        parts += [row.to(device, torch.float64) for row in pending]
-        if self._guard is not None:
-            parts.append(_weight_norm(self.state.optimizer).to(device, torch.float64).reshape(1))
-        values = torch.cat(parts).tolist() if parts else []
-        n_tensors = len(on_device)
-        brought = iter(values[:n_tensors])
-        losses = [next(brought) if isinstance(loss, Tensor) else loss for loss in self._losses]
-        rows = [values[n_tensors + 4 * i : n_tensors + 4 * i + 4] for i in range(len(pending))]
-        grad_norm, cosine, ratio = self._probe.collect(rows)
-        if math.isnan(float(self.state.initial_loss[0])) and losses:
-            self.state.initial_loss = np.array([losses[0]])
-        half = max(1, len(losses) // 2)
+        kept, rows = self._losses, self._probe.pending()
+        health = self._snapshot.sum_of_weights() if self._guard is not None else 0.0
+        on_device = [loss for loss in kept if isinstance(loss, Tensor)]
+        parts = [row for row in rows if isinstance(row, Tensor)]
+        if on_device and on_device[0].is_cpu and not parts:
+            losses = [float(loss) for loss in kept]
+        else:
+            n_rows, n_losses = len(parts), len(on_device)
+            if on_device:
+                parts.append(torch.stack(on_device).view(-1))
+            if isinstance(health, Tensor):
+                parts.append(health)
+            values = _bring(parts)
+            losses = values[4 * n_rows : 4 * n_rows + n_losses]
+            if n_losses < len(kept):
+                brought = iter(losses)
+                losses = [next(brought) if isinstance(loss, Tensor) else loss for loss in kept]
+            tensors = iter(values[4 * i : 4 * i + 4] for i in range(n_rows))
+            rows = [next(tensors) if isinstance(row, Tensor) else row for row in rows]
+            health = values[-1] if isinstance(health, Tensor) else health
+        if self._is_first and math.isfinite(losses[0]):
+            # After a roll-back too, where the first loss is again one of good weights: batches of few rows differ
+            # so much that the very first loss may lie far below all others.
+            known = float(self.state.initial_loss)
+            self.state.initial_loss = losses[0] if math.isnan(known) else max(known, losses[0])
+            self._is_first = False
+        count, half = len(losses), max(1, len(losses) // 2)
+        early, late = sum(losses[:half]), sum(losses[half:])
         interval = Interval(
-            train_loss=_mean(losses),
-            first_half_loss=_mean(losses[:half]),
-            second_half_loss=_mean(losses[half:]),
-            val_loss=np.array([self._val_loss]),
-            accuracy=np.array([self._accuracy]),
-            grad_norm=np.array([grad_norm]),
-            grad_update_cosine=np.array([cosine]),
-            update_ratio=np.array([ratio]),
+            (early + late) / count,
+            early / half,
+            late / (count - half) if count > half else math.nan,
+            self._val_loss,
+            self._accuracy,
+            *self._probe.collect([row for row in rows if isinstance(row, list)]),
         )
+        self._noise = log_noise(losses[half:])
         self._losses = []
         self._val_loss = self._accuracy = math.nan
-        return interval, self._guard is None or math.isfinite(values[-1])
+        return interval, math.isfinite(health)
 
     def _act(self, observation: Array, verdict: Verdict, *, is_over: bool) -> None:
         """Ask the agent, or after a roll-back cut the rate; write, and read back."""
         action = None
         if self.agent.decides and not is_over:
-            starts = np.array([self._index == 0])
             action, self._agent_state = self.agent.predict(
-                observation, self._agent_state, starts, deterministic=self.mode == "use"
+                observation, self._agent_state, deterministic=self.mode == "use"
             )
         if verdict.kind == "roll_back":
-            self._cut_rate(verdict.reason)
-        elif action is not None:
-            self._pending = (observation, action)
-            asked = self.spec.decode(action, self._levels)
-            is_changed = False
-            for column in range(len(self._knobs)):
-                is_changed |= self._move(column, float(action[0, column]), asked[:, column])
-            if is_changed:
-                self._last_change = self._index
-        elif not is_over:
-            self._write_base()
-
-    def _move(self, column: int, action: float, asked: Array) -> bool:
-        """Write what may be written of one knob's asked setting, and record it; whether the setting changed."""
-        knob, present = self._knobs[column], self._levels[:, column].copy()
-        setting, note = self.safety.gate.limit(asked, present, self._index, self._last_change)
-        if not np.array_equal(setting, present):
-            inside = knob.clip(setting)
-            if not np.array_equal(inside, setting):
-                setting, note = inside, f"bounds [{knob.low:g}, {knob.high:g}]"
-        if self.mode == "placebo":
-            setting, note = present, "placebo: decided, not written"
-        self._set(column, setting, "agent", action, float(asked[0]), note)
-        return not np.array_equal(setting, present)
-
-    def _cut_rate(self, reason: str) -> None:
-        column = 0 if self._rate is None else self._knobs.index(self._rate)
-        if self._rate is None:
-            setting, done = self._levels[:, column], "there is no rate to cut among the knobs"
+            note = self._hand.cut_rate(self.safety.cut, verdict.reason, self._index, self._t)
+            _log.warning("step %d: %s", self._t, note)
+        elif action is None:
+            self._hand.follow_base(self._t)
         else:
-            level, factor = float(self._levels[0, column]), self._factor_at(self._t - 1)
-            standing = float(self._rate.read(self.state)[0]) / factor if factor > 0 else 0.0
-            if standing > level * 1.001:  # somebody wrote a higher rate through the knob itself: that is what failed
-                level = standing
-            setting, done = np.array([level / self.safety.cut]), f"rate / {self.safety.cut:g}"
-        note = f"{reason}: rolled back to the start of the interval, {done}"
-        if self.state.model is None:
-            note += "; buffers were not rolled back, give model=... for that"
-        _log.warning("step %d: %s", self._t, note)
-        self._set(column, setting, "guard", None, float(setting[0]), note)
+            self._pending = (observation, action)
+            self._hand.act(action, self._index, self._t, is_placebo=self.mode == "placebo")
 
     def _give_up(self, reason: str) -> None:
         """Put the best weights back, and keep them: a rate of 0 moves nothing whatever the loop goes on doing."""
@@ -370,99 +368,50 @@ class Controller:
         note = f"{reason}: gave up, kept {kept}, control ended"
         _log.warning("step %d: %s", self._t, note)
         self.status = "gave_up"
-        if self._rate is not None:
-            self._set(self._knobs.index(self._rate), np.zeros(1), "gave_up", None, 0.0, note)
-        else:
-            self._set(0, self._levels[:, 0], "gave_up", None, float(self._levels[0, 0]), note)
+        self._probe.freeze()
+        self._hand.give_up(note, self._index, self._t)
 
-    def _set(self, column: int, setting: Array, source: str, action: float | None, asked: float, note: str) -> None:
-        """Make a setting act, read it back from there, and record all of it."""
-        knob = self._knobs[column]
-        before = float(knob.read(self.state)[0])
-        self._levels[:, column] = setting
-        self._note_settings()
-        factor = self._factor_at(self._t) if knob is self._rate else 1.0
-        written = float(setting[0]) * factor
-        knob.put(self.state, written)
-        read_back = float(knob.read(self.state)[0])
-        self.decisions.append(
-            Decision(
-                index=self._index,
-                optimizer_step=self._t,
-                knob=knob.name,
-                source=source,
-                action=action,
-                before=before,
-                asked=asked,
-                setting=float(setting[0]),
-                written=written,
-                read_back=read_back,
-                note=note,
-            )
-        )
-
-    # ---- the rate between decisions, and who owns it --------------------------------------------------------------
-
-    def _factor_at(self, step: int) -> float:
-        return self._schedule(step, self.state.total_steps)
-
-    def _write_base(self) -> None:
-        rate = self._rate
-        if rate is None:
-            self._check_owner(may_sync=False)
-        elif self._t == 0 or self._check_owner(may_sync=False):
-            level = float(self._levels[0, self._knobs.index(rate)])
-            rate.put(self.state, level * self._schedule(self._t, self.state.total_steps))
-
-    def _check_owner(self, *, may_sync: bool) -> bool:
+    def _is_owner(self) -> bool:
         """Whether every knob still holds what was written; else an error, or the end of control."""
-        for knob in self._knobs:
-            found = knob.find_conflict(self.state, may_sync=may_sync)
-            if found is not None:
-                writers = find_writers(self.state.optimizer, but=self) if knob.name == "lr" else []
-                by = f", probably by {' and '.join(writers)}" if writers else ""
-                self._meet_conflict(f"{found}: somebody else writes it{by}", knob=knob.name)
-                return False
-        return True
-
-    def _meet_conflict(self, found: str, *, knob: str = "lr", at_start: bool = False) -> None:
-        message = (f"{found}; a decision counts only if nobody overwrites it. Remove the other writer, or give "
-                   "on_conflict='warn' to hand the value back and end control")
-        if self.safety.on_conflict == "error":
-            raise ConflictError(message)
-        warnings.warn(f"{found}; control of {knob!r} has ended", RuntimeWarning, stacklevel=4)
-        self.status = "conflict"
-        present = float(self.state.optimizer.param_groups[0][knob])
-        index = 0 if at_start else self._index
-        t = 0 if at_start else self._t
-        self.decisions.append(
-            Decision(index, t, knob, "conflict", None, present, present, present, present, present, found)
-        )
+        conflict = self._hand.find_conflict(self)
+        if conflict is not None:
+            self._hand.yield_to(*conflict, self._index, self._t, self.safety.on_conflict)
+            self.status = "conflict"
+            self._set_next()
+        return conflict is None
 
     def _beyond(self) -> None:
         if self.status == "over" and not self._has_warned:
             self._has_warned = True
-            warnings.warn(f"step() was called more often than total_steps={self.state.total_steps}; the last rate is held",
-                          RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"step() was called more often than total_steps={self.state.total_steps}; the last rate is held",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     # ---- small things -------------------------------------------------------------------------------------------
+
+    def _check_actions(self) -> None:
+        """Refuse, before the first step, an agent that moves another number of knobs than there are."""
+        if not self.agent.decides:
+            return
+        nothing, starts = np.zeros((1, len(self.spec.signals))), np.array([True])
+        action, _ = self.agent.predict(nothing, None, starts, deterministic=True)
+        if np.shape(action) != (1, len(self.spec.knobs)):
+            raise InputError(
+                f"agent {self.agent.name!r} gives actions of shape {np.shape(action)}; expected "
+                f"(1, {len(self.spec.knobs)}), one column a knob of {', '.join(self.spec.knobs)}"
+            )
 
     def _has_guard(self) -> bool:
         return self.safety.rollback and self.mode != "placebo"
 
     def _set_next(self) -> None:
+        self._next = 0  # no decision will come, and `step` looks why
         if self.status == "running":
             timing: Timing = self.spec.timing
             self._next = timing.next_decision(self._index, self._t, self.state.total_steps, self._epoch_steps)
-        else:
-            self._next = _NEVER
-        self._probe.next_decision = self._next
-
-    def _note_settings(self) -> None:
-        for column, knob in enumerate(self._knobs):
-            setting = self._levels[:, column].copy()
-            self.state.settings[knob.name] = setting
-            self.state.unit_settings[knob.name] = knob.to_unit(setting)
+            self._probe.aim(self._next - self._t)
 
     @torch.no_grad()
     def _keep_best(self) -> None:
@@ -486,20 +435,18 @@ class Controller:
             "agent": self.agent.name,
             "status": self.status,
             "t": self._t,
-            "n_skipped": self._n_skipped,
             "index": self._index,
             "next": self._next,
-            "last_change": self._last_change,
             "last_reward": self.last_reward,
-            "last_interval": None if self.last_interval is None else self.last_interval.to_json(),
-            "last_observation": list(self.last_observation),
+            "is_first": self._is_first,
+            "last_interval": None if self.last_interval is None else [*self.last_interval],
+            "last_observation": self.last_observation,
             "has_warned": self._has_warned,
-            "levels": self._levels.tolist(),
+            "hand": self._hand.state_dict(),
             "losses": [loss.clone() if isinstance(loss, Tensor) else loss for loss in losses],
             "val_loss": self._val_loss,
             "accuracy": self._accuracy,
             "run": self.state.state_dict(),
-            "knobs": {knob.name: knob.state_dict() for knob in self._knobs},
             "guard": None if self._guard is None else self._guard.state_dict(),
             "snapshot": self._snapshot.state_dict(),
             "probe": self._probe.state_dict(),
@@ -507,7 +454,6 @@ class Controller:
             "agent_state": None if self._agent_state is None else [_to_list(x) for x in self._agent_state],
             "pending": None if self._pending is None else [_to_list(x) for x in self._pending],
             "learned": self.agent.state_dict(),
-            "decisions": [decision.to_json() for decision in self.decisions],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -518,23 +464,34 @@ class Controller:
         """
         for key, mine in (("agent", self.agent.name), ("spec", self.spec.fingerprint)):
             if state.get(key) != mine:
-                raise InputError(f"this state is of the {key} {state.get(key)!r}, the controller has {mine!r}; make it with "
-                                 "the same arguments as the one that was saved")
+                raise InputError(
+                    f"this state is of the {key} {state.get(key)!r}, the controller has {mine!r}; make it with "
+                    "the same arguments as the one that was saved"
+                )
+        if missing := sorted(_STATE_KEYS - set(state)):
+            raise InputError(f"this state lacks {', '.join(missing)}; it is torn, or of another version")
+        guards = ["no roll-back" if guard is None else "roll-back" for guard in (state["guard"], self._guard)]
+        totals = [state["run"]["total_steps"], self.state.total_steps]
+        for key, (theirs, ours) in (("rollback", guards), ("total_steps", totals)):
+            if theirs != ours:
+                raise InputError(
+                    f"this state was saved with {key}: {theirs}, the controller has {ours}; make it with the same "
+                    f"{key} as the one that was saved"
+                )
+        self._snapshot.check(state["snapshot"])
         self.status = state["status"]
-        self._t, self._n_skipped = state["t"], state["n_skipped"]
+        self._t = state["t"]
         self._index, self._next = state["index"], state["next"]
-        self._last_change, self.last_reward = state["last_change"], state["last_reward"]
+        self._last_reward, self._is_first = state["last_reward"], state["is_first"]
         self._has_warned = state["has_warned"]
         seen = state["last_interval"]
-        self.last_interval = None if seen is None else Interval.from_json(seen)
-        self.last_observation = list(state["last_observation"])
-        self._levels = np.asarray(state["levels"], dtype=np.float64)
+        self.last_interval = None if seen is None else Interval(*seen)
+        self._last_observation = None if seen is None else np.array([state["last_observation"]])
+        self._hand.load_state_dict(state["hand"])
         device = next(p.device for group in self.state.optimizer.param_groups for p in group["params"])
         self._losses = [loss.to(device, copy=True) if isinstance(loss, Tensor) else loss for loss in state["losses"]]
         self._val_loss, self._accuracy = state["val_loss"], state["accuracy"]
         self.state.load_state_dict(state["run"])
-        for knob in self._knobs:
-            knob.load_state_dict(state["knobs"][knob.name])
         if self._guard is not None and state["guard"] is not None:
             self._guard.load_state_dict(state["guard"])
         self._snapshot.load_state_dict(state["snapshot"])
@@ -546,11 +503,35 @@ class Controller:
         pending = state["pending"]
         self._pending = None if pending is None else (np.asarray(pending[0], dtype=np.float64), np.asarray(pending[1]))
         self.agent.load_state_dict(state["learned"])
-        self.decisions = [Decision.from_json(row) for row in state["decisions"]]
-        for column, knob in enumerate(self._knobs):
-            if self.status in ("running", "over", "gave_up"):
-                factor = self._factor_at(self._t) if knob is self._rate else 1.0
-                knob.put(self.state, float(self._levels[0, column]) * factor)
+        if self.status != "conflict":
+            self._hand.write_all(self._t)
+
+
+_STATE_KEYS = {
+    "spec",
+    "agent",
+    "status",
+    "t",
+    "index",
+    "next",
+    "last_reward",
+    "is_first",
+    "last_interval",
+    "last_observation",
+    "has_warned",
+    "hand",
+    "losses",
+    "val_loss",
+    "accuracy",
+    "run",
+    "guard",
+    "snapshot",
+    "probe",
+    "best",
+    "agent_state",
+    "pending",
+    "learned",
+}
 
 
 def _check(optimizer: object, model: object, total_steps: object, mode: str) -> None:
@@ -571,6 +552,8 @@ def _resolve(
     """The agent, and the spec it is used with."""
     if spec is not None and (knobs is not None or every is not None):
         raise InputError("give either spec, or knobs and every, not both")
+    if knobs is not None and (isinstance(knobs, str) or not isinstance(knobs, Sequence)):
+        raise InputError(f"knobs {knobs!r}; expected a sequence of names, such as ('lr',)")
     if isinstance(given, Brain):
         changes: dict[str, Any] = {} if knobs is None else {"knobs": tuple(knobs)}
         if every is not None:
@@ -602,18 +585,28 @@ def _epoch_steps(timing: Timing, loader: Iterable[Any] | None) -> int | None:
     return len(loader)
 
 
-def _weight_norm(optimizer: Optimizer) -> Tensor:
-    """Sum of the parameters' norms: finite if and only if every weight is (norms of finite float32 do not overflow here
-    unless the weights are far beyond use)."""
-    parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-    norms = torch._foreach_norm(parameters)
-    device = norms[0].device
-    return torch.stack([norm.to(device, torch.float64) for norm in norms]).sum()
+def _bring(parts: list[Tensor]) -> list[float]:
+    """All numbers in one transfer from the device; parts that lie elsewhere are moved there first."""
+    if not parts:
+        return []
+    device = parts[0].device
+    values: list[float] = torch.cat([part if part.device == device else part.to(device) for part in parts]).tolist()
+    return values
 
 
-def _mean(values: list[float]) -> Array:
-    """Mean as (1,); NaN of none. A plain sum: an infinite loss must come out infinite or NaN, not as an error."""
-    return np.array([sum(values) / len(values) if values else math.nan])
+def _to_number(value: object, wrong: str) -> float:
+    if not isinstance(value, (str, bool)):
+        try:
+            return float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    raise InputError(wrong)
+
+
+def _to_scalar(loss: Tensor) -> Tensor:
+    if loss.numel() != 1:
+        raise InputError(_NO_LOSS.format(f"a tensor of shape {tuple(loss.shape)}"))
+    return loss.detach().reshape(())
 
 
 def _to_list(value: Any) -> Any:

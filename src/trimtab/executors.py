@@ -24,7 +24,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -246,7 +246,7 @@ def _start_worker(function: str, threads: int | None) -> _Worker:
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Any:
+def _interrupts_ignored() -> Iterator[None]:
     """Let a child inherit that Ctrl-C is ignored: its parent decides how things end."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -340,7 +340,7 @@ def _resolve(function: str) -> Callable[..., dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _torch_threads(threads: int | None) -> Any:
+def _torch_threads(threads: int | None) -> Iterator[None]:
     """Lend torch a number of threads in a process that is not ours alone."""
     if threads is None:
         yield

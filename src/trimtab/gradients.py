@@ -13,13 +13,18 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["GradientProbe"]
+from trimtab.flat import FlatView, Floats
+
+__all__ = ["GradientProbe", "measure_each", "measure_rows"]
 
 MEASURE_EVERY = 10
+
+Row = Tensor | list[float]
 
 
 class GradientProbe:
@@ -29,83 +34,137 @@ class GradientProbe:
         optimizer: Whose steps are measured; its parameters may lie on several devices and grow in number.
 
     Attributes:
-        next_decision: Number of the step before which the next decision is taken; set by the controller.
-        step: Number of the step about to be taken; set by the controller.
-        n_steps: Optimizer steps seen by the hook (a gradient scaler that skips a step never calls it).
+        is_frozen: Let no step change a weight any more: it finds no gradients. A rate of 0 would not be enough,
+            for 0 times a gradient that is not finite is not finite either.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._before: list[Tensor] = []
-        self._before_step = -1
-        self._measured: list[Tensor] = []
-        self.next_decision = 0
-        self.step = 0
-        self.n_steps = 0
+        self._kept: list[Tensor] = []  # the parameters that were copied
+        self._view: FlatView | None = None  # in a small network, instead of `_before`: weights seen as one row
+        self._rows: Floats = np.empty((3, 0), np.float32)  # update (before: old weights), weights, gradient
+        self._before_count = -1
+        self._measured: list[Row] = []
+        self._left = 0  # steps of this interval that will still be taken, the coming one included
+        self._is_single = False
+        self.is_frozen = False
+        # Steps seen, and how many there may be before the next look: all that is touched at every step.
+        count = self._count = [0, 0]
         # The optimizer must not keep a controller alive that its owner has let go.
         me = weakref.ref(self)
 
         def hook(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-            probe = me()
-            if probe is not None:
-                probe.n_steps += 1
-                left = probe.next_decision - 1 - probe.step
-                if left % MEASURE_EVERY < 2:
-                    probe._look(left)
+            count[0] += 1
+            if count[0] > count[1]:
+                probe = me()
+                if probe is not None:
+                    probe._look()
 
         self._handle = optimizer.register_step_pre_hook(hook)
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps seen (a gradient scaler that skips a step never gets here)."""
+        return self._count[0]
 
     def close(self) -> None:
         """Stop measuring."""
         self._handle.remove()
 
-    @torch.no_grad()
-    def _look(self, left: int) -> None:
-        parameters = [
-            parameter
-            for group in self._optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None and not parameter.grad.is_sparse
-        ]
-        if not parameters:
+    def count_found_inf(self) -> int:
+        """Steps that a fused optimizer skipped by itself, told by a gradient scaler; waits for the device."""
+        return int(self._found_inf)
+
+    def _drop_gradients(self) -> None:
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def freeze(self) -> None:
+        """From now on no step finds a gradient."""
+        self.is_frozen = True
+        self._count[1] = -1
+
+    def aim(self, n_steps: int) -> None:
+        """Say after how many more steps the next decision is taken: the last is measured, and every tenth before it."""
+        if self.is_frozen:
             return
-        if left % MEASURE_EVERY == 0:
-            if self._before_step == self.step - 1 and self._fits(parameters):
-                self._measured.append(self._measure(parameters))
-        elif self._fits(parameters):
-            torch._foreach_copy_(self._before, parameters)
-            self._before_step = self.step
+        self._left = n_steps
+        self._is_single = n_steps == 1  # a decision at every step: each is measured, and copied for the next
+        self._wait((n_steps - 2) % MEASURE_EVERY if n_steps > 1 else 0)
+
+    def _wait(self, n_steps: int) -> None:
+        """Let so many steps pass before the next look."""
+        self._left -= n_steps
+        self._count[1] = self._count[0] + n_steps
+
+    def _look(self) -> None:
+        """Before a step: `_left` counts it and those after it in this interval; a look falls on 1 and 2 modulo ten."""
+        if self.is_frozen:
+            self._drop_gradients()
+            return
+        left = self._left
+        self._left -= 1
+        groups = self._optimizer.param_groups
+        parameters = [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
+        if parameters and left > 0:
+            if self._before_count == self._count[0] - 1:
+                self._measure(parameters)
+            if self._is_single or left % MEASURE_EVERY == 2:
+                self._keep(parameters)
+        self._wait((left - 3) % MEASURE_EVERY if left > 2 else 0)
+
+    def _keep(self, parameters: list[Tensor]) -> None:
+        """Copy the weights as they are before this step."""
+        view = self._view
+        if view is None or not view.shows(parameters):
+            view = self._view = FlatView(parameters) if FlatView.fits(parameters) else None
+            self._rows = np.empty((3, view.size if view is not None else 0), np.float32)
+        if view is not None:
+            view.copy_to(self._rows[0])
         else:
             self._before = [parameter.detach().clone() for parameter in parameters]
-            self._before_step = self.step
+        self._before_count = self._count[0]
 
-    def _fits(self, parameters: Sequence[Tensor]) -> bool:
-        return len(parameters) == len(self._before) and all(
-            old.shape == new.shape for old, new in zip(self._before, parameters, strict=True)
-        )
+    def _measure(self, parameters: list[Tensor]) -> None:
+        """Put the update since `_keep` beside the gradient now."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        view = self._view
+        if view is not None:
+            if view.shows(parameters) and all([gradient.is_cpu and not gradient.is_sparse for gradient in gradients]):
+                update, weights, gradient = self._rows
+                view.copy_to(weights)
+                np.concatenate([tensor.detach().numpy().reshape(-1) for tensor in gradients], out=gradient)
+                with np.errstate(all="ignore"):  # a diverging run overflows here; others deal with that
+                    update -= weights
+                    row = measure_rows(update, weights, gradient)
+                self._measured.append(self._unscale(row))
+            return
+        pairs = [(p.detach(), p.grad) for p in parameters if p.grad is not None and not p.grad.is_sparse]
+        now = [weight for weight, _ in pairs]
+        if pairs and [old.shape for old in self._before] == [weight.shape for weight in now]:
+            updates = torch._foreach_sub(self._before, now)
+            self._measured.append(
+                self._unscale(measure_each(updates, now, [gradient.detach() for _, gradient in pairs]))
+            )
 
-    def _measure(self, parameters: list[Tensor]) -> Tensor:
-        """[|u|, |theta|, |g|, <g, u>] as one tensor of four on the first parameter's device."""
-        gradients = [parameter.grad for parameter in parameters]
-        updates = torch._foreach_sub(self._before, parameters)
-        device = parameters[0].device
-        norms = [torch._foreach_norm(tensors) for tensors in (updates, parameters, gradients)]
-        products = [torch.dot(g.reshape(-1), u.reshape(-1)) for g, u in zip(gradients, updates, strict=True)]
-        rows = [torch.stack([value.to(device) for value in row]) for row in norms]
-        totals = torch.stack([*(torch.linalg.vector_norm(row) for row in rows),
-                              torch.stack([value.to(device) for value in products]).sum()])
-        scale = getattr(self._optimizer, "grad_scale", None)  # fused optimizers unscale the gradient themselves
+    def _unscale(self, row: Row) -> Row:
+        """Fused optimizers unscale the gradient themselves: here it is still scaled."""
+        scale = getattr(self._optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):
-            totals[2:] /= scale.to(device)
-        return totals
+            if isinstance(row, list):
+                return [*row[:2], row[2] / float(scale), row[3] / float(scale)]
+            row[2:] /= scale.to(row.device)
+        return row
 
-    def pending(self) -> list[Tensor]:
-        """What was measured since the last `collect`: tensors of four, still on the device."""
+    def pending(self) -> list[Row]:
+        """What was measured since the last `collect`: rows of four, tensors where they are still on a device."""
         return self._measured
 
     def forget(self) -> None:
         """Drop the weights seen last: they belong to a past that was rolled back."""
-        self._before_step = -1
+        self._before_count = -1
 
     def collect(self, rows: Sequence[Sequence[float]]) -> tuple[float, float, float]:
         """Summarise what was measured and begin anew.
@@ -129,26 +188,55 @@ class GradientProbe:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on in the middle of an interval."""
-        has_copy = self._before_step >= 0 and self._before_step >= self.step - 1
+        has_copy = self._before_count == self._count[0]
         return {
-            "before": [tensor.clone() for tensor in self._before] if has_copy else [],
-            "before_step": self._before_step if has_copy else -1,
-            "measured": [tensor.clone() for tensor in self._measured],
-            "next_decision": self.next_decision,
-            "step": self.step,
-            "n_steps": self.n_steps,
+            "before": [tensor.clone() for tensor in self._before] if has_copy and self._view is None else [],
+            "row": torch.from_numpy(self._rows[0].copy()) if has_copy and self._view is not None else None,
+            "before_count": self._before_count if has_copy else -1,
+            "measured": [row if isinstance(row, list) else row.clone() for row in self._measured],
+            "left": self._left,
+            "is_single": self._is_single,
+            "is_frozen": self.is_frozen,
+            "count": list(self._count),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        devices = [p.device for group in self._optimizer.param_groups for p in group["params"]]
-        on = zip(state["before"], devices, strict=False)
-        self._before = [tensor.to(device, copy=True) for tensor, device in on]
-        self._before_step = state["before_step"]
-        self._measured = [tensor.to(devices[0], copy=True) for tensor in state["measured"]]
-        self.next_decision = state["next_decision"]
-        self.step = state["step"]
-        self.n_steps = state["n_steps"]
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        self._kept = [parameters[place] for place in state["of"]]
+        self._before = [kept.to(p.device, copy=True) for kept, p in zip(state["before"], self._kept, strict=False)]
+        self._before_count = state["before_count"]
+        self._view = None
+        row = state["row"]
+        if row is not None:
+            view = FlatView(self._kept) if FlatView.fits(self._kept) else None
+            if view is not None and view.size == row.numel():
+                self._view = view
+                self._rows = np.empty((3, view.size), np.float32)
+                self._rows[0] = row.numpy()
+            else:
+                self._before_count = -1
+        device = parameters[0].device
+        self._measured = [kept if isinstance(kept, list) else kept.to(device, copy=True) for kept in state["measured"]]
+        self._left = state["left"]
+        self._is_single = state["is_single"]
+        self.is_frozen = state["is_frozen"]
+        self._count[:] = state["count"]  # the hook holds the list itself
+
+
+def measure_rows(update: Floats, weights: Floats, gradient: Floats) -> list[float]:
+    """[|u|, |theta|, |g|, <g, u>] of three rows of equal length."""
+    squares = [float(row.dot(row)) for row in (update, weights, gradient)]
+    return [*map(math.sqrt, squares), float(gradient.dot(update))]
+
+
+def measure_each(updates: Sequence[Tensor], weights: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    """The same, tensor by tensor: for networks too large, or too mixed, to be laid end to end."""
+    device = weights[0].device
+    norms = [torch._foreach_norm(tensors) for tensors in (list(updates), weights, gradients)]
+    products = [(g.double() * u.double()).sum().to(device) for g, u in zip(gradients, updates, strict=True)]
+    rows = [torch.stack([value.to(device, torch.float64) for value in row]) for row in norms]
+    return torch.stack([*(torch.linalg.vector_norm(row) for row in rows), torch.stack(products).sum()])
 
 
 def _mean(values: list[float]) -> float:

@@ -7,6 +7,7 @@ the entries, so `trimtab list` needs no torch. Other packages add entries throug
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ _AGENTS = {
     "exponential": Entry("trimtab.agents.scripted:exponential", "torch's ExponentialLR: x gamma every step"),
     "cosine": Entry("trimtab.agents.scripted:cosine", "linear warm-up, then torch's CosineAnnealingLR"),
     "wsd": Entry("trimtab.agents.scripted:wsd", "warm-up, stable, linear decay"),
-    "default-cosine": Entry("trimtab.agents.scripted:default_cosine", "a fixed default rate per optimizer, with cosine"),
+    "default-cosine": Entry(
+        "trimtab.agents.scripted:default_cosine", "a fixed default rate per optimizer, with cosine"
+    ),
     "plateau": Entry("trimtab.agents.scripted:Plateau", "torch's ReduceLROnPlateau"),
     "replay": Entry("trimtab.agents.scripted:Replay", "writes a recorded sequence of settings, without looking"),
     "random": Entry("trimtab.agents.scripted:RandomMoves", "a move drawn at random at every decision"),
@@ -53,13 +56,17 @@ _KNOBS = {
     "weight_decay": Entry("trimtab.knobs.optimizer:WeightDecay", "weight decay; a group with 0 keeps 0"),
 }
 _SIGNALS = {
-    "train_loss_log_ratio": Entry("trimtab.signals:train_loss_log_ratio", "log of smoothed train loss over the one before"),
+    "train_loss_log_ratio": Entry(
+        "trimtab.signals:train_loss_log_ratio", "log of smoothed train loss over the one before"
+    ),
     "val_loss_log_ratio": Entry("trimtab.signals:val_loss_log_ratio", "log of validation loss over the one before"),
     "val_loss_log_ratio_best": Entry("trimtab.signals:val_loss_log_ratio_best", "log of validation loss over the best"),
     "loss_slope": Entry("trimtab.signals:loss_slope", "log of the interval's second half of losses over its first"),
     "generalization_gap": Entry("trimtab.signals:generalization_gap", "log of validation loss over train loss"),
     "grad_norm_log_ratio": Entry("trimtab.signals:grad_norm_log_ratio", "log of the gradient norm over the one before"),
-    "grad_update_cosine": Entry("trimtab.signals:grad_update_cosine", "cosine between the gradient and the last update"),
+    "grad_update_cosine": Entry(
+        "trimtab.signals:grad_update_cosine", "cosine between the gradient and the last update"
+    ),
     "update_to_weight": Entry("trimtab.signals:update_to_weight", "log10 of the update's norm over the weights' norm"),
     "progress": Entry("trimtab.signals:progress", "share of the budget used"),
     "lr_log_ratio_start": Entry("trimtab.signals:lr_log_ratio_start", "log10 of the rate's level over its start"),
@@ -71,7 +78,9 @@ _REWARDS = {
     "negative_loss": Entry("trimtab.rewards:negative_loss", "minus the loss"),
     "improvement": Entry("trimtab.rewards:improvement", "drop of the validation loss since the last decision"),
     "log_improvement": Entry("trimtab.rewards:log_improvement", "drop of the log of the loss since the last decision"),
-    "accuracy_improvement": Entry("trimtab.rewards:accuracy_improvement", "rise of the accuracy since the last decision"),
+    "accuracy_improvement": Entry(
+        "trimtab.rewards:accuracy_improvement", "rise of the accuracy since the last decision"
+    ),
 }
 _TABLES: dict[str, dict[str, Entry]] = {
     "task": _TASKS,
@@ -93,10 +102,16 @@ def entries(kind: str) -> Mapping[str, Entry]:
     """
     if kind not in _TABLES:
         raise unknown_name("kind of thing", kind, _TABLES)
-    found = dict(_TABLES[kind])
-    for point in metadata.entry_points(group=f"trimtab.{kind}s"):
-        found.setdefault(point.name, Entry(point.value, f"from {point.dist.name if point.dist else 'a package'}"))
-    return found
+    return {**_of_packages(kind), **_TABLES[kind]}
+
+
+@functools.cache
+def _of_packages(kind: str) -> dict[str, Entry]:
+    """Entries of installed packages; reading their metadata takes milliseconds, and it does not change while we run."""
+    return {
+        point.name: Entry(point.value, f"from {point.dist.name if point.dist else 'a package'}")
+        for point in metadata.entry_points(group=f"trimtab.{kind}s")
+    }
 
 
 def names(kind: str) -> list[str]:

@@ -9,35 +9,39 @@ from __future__ import annotations
 
 import numpy as np
 
-from trimtab.run_state import Array, Interval, RunState
+from trimtab.run_state import Array, Interval, RunState, Value
 
 __all__ = ["accuracy_improvement", "improvement", "log_improvement", "negative_loss"]
 
 
+def _array(value: Value) -> Array:
+    """As (R,), 0 where it is not finite."""
+    array = np.atleast_1d(np.asarray(value, dtype=np.float64))
+    return np.where(np.isfinite(array), array, 0.0)
+
+
 def _watched(interval: Interval) -> Array:
-    return np.where(np.isnan(interval.val_loss), interval.train_loss, interval.val_loss)
-
-
-def _known(value: Array) -> Array:
-    return np.where(np.isfinite(value), value, 0.0)
+    """Validation loss, or train loss where there is none; (R,)."""
+    val_loss = np.atleast_1d(np.asarray(interval.val_loss, dtype=np.float64))
+    return np.where(np.isnan(val_loss), interval.train_loss, val_loss)
 
 
 def negative_loss(state: RunState) -> Array:
     """-L: minus the validation loss (train loss where there is none), in the loss's unit; (R,)."""
-    return _known(-_watched(state.current))
+    return _array(-_watched(state.current))
 
 
 def improvement(state: RunState) -> Array:
     """L_before - L: drop of the validation loss (train loss where there is none), in the loss's unit; (R,)."""
-    return _known(_watched(state.previous) - _watched(state.current))
+    return _array(_watched(state.previous) - _watched(state.current))
 
 
 def log_improvement(state: RunState) -> Array:
     """log(L_before / L), without unit, so that it means the same early and late; (R,)."""
     with np.errstate(all="ignore"):
-        return _known(np.asarray(np.log(_watched(state.previous) / _watched(state.current))))
+        return _array(np.log(_watched(state.previous) / _watched(state.current)))
 
 
 def accuracy_improvement(state: RunState) -> Array:
     """Rise of the validation accuracy, in shares of 1; 0 where no accuracy is reported; (R,)."""
-    return _known(state.current.accuracy - state.previous.accuracy)
+    return _array(state.current.accuracy - state.previous.accuracy)

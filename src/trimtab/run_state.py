@@ -1,38 +1,35 @@
 """RunState: all that a controller may see and touch of a training run (or of R runs at once).
 
-Filled by the controller from what the loop measures; read by signals and rewards; touched by knobs. Per-run values
-are float64 arrays of shape (R,); NaN stands for "not measured". R is 1 for a single run.
+Filled by the controller from what the loop measures; read by signals and rewards; touched by knobs. A per-run value
+is a float64 array of shape (R,), or, where there is a single run, a plain float: one NumPy call on one number costs
+as much as a hundredth of a small network's training step (docs/decisions.md). NaN stands for "not measured".
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["Array", "Interval", "RunState"]
+__all__ = ["Array", "Interval", "RunState", "Summary", "Value"]
 
 Array = npt.NDArray[np.float64]
+Value = float | Array
 
 # Weight of the newest interval in the smoothed train loss: half of it is forgotten after about two decisions.
 SMOOTHING = 0.3
 
 
-def _nan() -> Array:
-    return np.full(1, np.nan)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """What was measured between two decisions; every array has shape (R,).
+class Interval(NamedTuple):
+    """What was measured between two decisions.
 
     Attributes:
         train_loss: Mean train loss of the interval's steps.
@@ -46,23 +43,36 @@ class Interval:
         update_ratio: Mean of |u| / |theta| over the measured steps.
     """
 
-    train_loss: Array = field(default_factory=_nan)
-    first_half_loss: Array = field(default_factory=_nan)
-    second_half_loss: Array = field(default_factory=_nan)
-    val_loss: Array = field(default_factory=_nan)
-    accuracy: Array = field(default_factory=_nan)
-    grad_norm: Array = field(default_factory=_nan)
-    grad_update_cosine: Array = field(default_factory=_nan)
-    update_ratio: Array = field(default_factory=_nan)
+    train_loss: Value = math.nan
+    first_half_loss: Value = math.nan
+    second_half_loss: Value = math.nan
+    val_loss: Value = math.nan
+    accuracy: Value = math.nan
+    grad_norm: Value = math.nan
+    grad_update_cosine: Value = math.nan
+    update_ratio: Value = math.nan
 
-    def to_json(self) -> dict[str, list[float]]:
-        """Plain lists, for a state_dict."""
-        return {item.name: getattr(self, item.name).tolist() for item in fields(self)}
 
-    @classmethod
-    def from_json(cls, data: dict[str, list[float]]) -> Interval:
-        """Inverse of `to_json`."""
-        return cls(**{key: np.asarray(value, dtype=np.float64) for key, value in data.items()})
+class Summary(NamedTuple):
+    """What the intervals so far come to; replaced as a whole, so that an interval can be forgotten.
+
+    Attributes:
+        current: The interval that just ended.
+        previous: The one before it.
+        initial_val_loss: First validation loss.
+        best_val_loss: Lowest validation loss.
+        best_train_loss: Lowest mean train loss of an interval.
+        smoothed_loss: Exponential average of the intervals' train losses.
+        previous_smoothed_loss: The same a decision before.
+    """
+
+    current: Interval = Interval()
+    previous: Interval = Interval()
+    initial_val_loss: Value = math.nan
+    best_val_loss: Value = math.nan
+    best_train_loss: Value = math.nan
+    smoothed_loss: Value = math.nan
+    previous_smoothed_loss: Value = math.nan
 
 
 class RunState:
@@ -76,13 +86,11 @@ class RunState:
 
     Attributes:
         optimizer_steps: Optimizer steps taken so far.
-        current: Measurements of the interval that just ended.
-        previous: Measurements of the one before it; all NaN at the first decision.
-        initial_loss: Train loss of the very first step, before anything was learned; (R,); set by the controller.
-        initial_val_loss, best_val_loss, best_train_loss, smoothed_loss, previous_smoothed_loss: (R,) each.
-        settings: Level of each knob, in its unit, before the base schedule; (R,) each.
-        unit_settings: The same on the unit interval of each knob's bounds.
+        initial_loss: Train loss of the very first step, before anything was learned; set by the controller.
+        summary: What was measured so far.
+        settings: Level of each knob, in its unit, before the base schedule.
         initial_settings: Level of each knob at the start.
+        to_unit: For each knob the map from its settings to the unit interval of its bounds.
     """
 
     def __init__(
@@ -97,78 +105,96 @@ class RunState:
         self.loader = loader
         self.total_steps = total_steps
         self.optimizer_steps = 0
-        self.current = Interval()
-        self.previous = Interval()
-        self.initial_loss = _nan()
-        self.initial_val_loss = _nan()
-        self.best_val_loss = _nan()
-        self.best_train_loss = _nan()
-        self.smoothed_loss = _nan()
-        self.previous_smoothed_loss = _nan()
-        self.settings: dict[str, Array] = {}
-        self.unit_settings: dict[str, Array] = {}
-        self.initial_settings: dict[str, Array] = {}
+        self.initial_loss: Value = math.nan
+        self.summary = Summary()
+        self.settings: dict[str, Value] = {}
+        self.initial_settings: dict[str, Value] = {}
+        self.to_unit: dict[str, Callable[[Array], Array]] = {}
 
     @property
-    def progress(self) -> Array:
-        """Share of the budget used, in [0, 1]; NaN where the horizon is unknown; (R,)."""
+    def current(self) -> Interval:
+        """Measurements of the interval that just ended."""
+        return self.summary.current
+
+    @property
+    def previous(self) -> Interval:
+        """Measurements of the interval before it; all NaN at the first decision."""
+        return self.summary.previous
+
+    @property
+    def progress(self) -> Value:
+        """Share of the budget used, in [0, 1]; NaN where the horizon is unknown."""
         if self.total_steps is None:
-            return _nan()
-        return np.full(1, min(1.0, self.optimizer_steps / self.total_steps))
+            return math.nan
+        return min(1.0, self.optimizer_steps / self.total_steps)
+
+    def note_val_loss(self, val_loss: Value) -> None:
+        """Take in a validation loss, at any time; the first one is the initial one."""
+        old = self.summary
+        self.summary = old._replace(
+            initial_val_loss=_first(old.initial_val_loss, val_loss), best_val_loss=_lower(old.best_val_loss, val_loss)
+        )
 
     def record(self, interval: Interval) -> None:
         """Take in the measurements of the interval that just ended."""
-        self.previous, self.current = self.current, interval
-        loss, val_loss = interval.train_loss, interval.val_loss
-        self.initial_val_loss = _first(self.initial_val_loss, val_loss)
-        self.best_train_loss = np.fmin(self.best_train_loss, loss)
-        self.best_val_loss = np.fmin(self.best_val_loss, val_loss)
-        self.previous_smoothed_loss = self.smoothed_loss
-        blended = (1 - SMOOTHING) * self.smoothed_loss + SMOOTHING * loss
-        self.smoothed_loss = np.where(np.isnan(self.smoothed_loss), loss, np.where(np.isnan(loss), self.smoothed_loss,
-                                                                                   blended))
+        old, loss, val_loss = self.summary, interval.train_loss, interval.val_loss
+        self.summary = Summary(
+            interval,
+            old.current,
+            _first(old.initial_val_loss, val_loss),
+            _lower(old.best_val_loss, val_loss),
+            _lower(old.best_train_loss, loss),
+            _first((1 - SMOOTHING) * old.smoothed_loss + SMOOTHING * loss, loss),
+            old.smoothed_loss,
+        )
 
-    def measurements(self) -> dict[str, Any]:
-        """Everything that `record` changes, to be handed back to `rewind` if the interval is rolled back."""
-        return {name: getattr(self, name) for name in ("current", "previous", *_SUMMARIES)}
-
-    def rewind(self, measurements: dict[str, Any]) -> None:
-        """Forget an interval that was rolled back; first values that it brought are kept."""
-        for name, value in measurements.items():
-            if not name.startswith("initial"):
-                setattr(self, name, value)
-
-    def watched_loss(self) -> Array:
-        """Validation loss where it was measured, else the interval's train loss; (R,)."""
-        return np.where(np.isnan(self.current.val_loss), self.current.train_loss, self.current.val_loss)
+    def watched_loss(self) -> Value:
+        """Validation loss where it was measured, else the interval's train loss."""
+        return _first(self.current.val_loss, self.current.train_loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that was measured, as lists (NaN included) and plain numbers."""
+        """Everything that was measured, as plain numbers and lists (NaN included)."""
+        summary = self.summary
         return {
             "optimizer_steps": self.optimizer_steps,
             "total_steps": self.total_steps,
-            "current": self.current.to_json(),
-            "previous": self.previous.to_json(),
-            **{name: getattr(self, name).tolist() for name in _SUMMARIES},
-            **{name: {key: value.tolist() for key, value in getattr(self, name).items()} for name in _SETTINGS},
+            "initial_loss": _plain(self.initial_loss),
+            "current": [_plain(value) for value in summary.current],
+            "previous": [_plain(value) for value in summary.previous],
+            "rest": [_plain(value) for value in summary[2:]],
+            "settings": {key: _plain(value) for key, value in self.settings.items()},
+            "initial_settings": {key: _plain(value) for key, value in self.initial_settings.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.optimizer_steps = state["optimizer_steps"]
         self.total_steps = state["total_steps"]
-        self.current = Interval.from_json(state["current"])
-        self.previous = Interval.from_json(state["previous"])
-        for name in _SUMMARIES:
-            setattr(self, name, np.asarray(state[name], dtype=np.float64))
-        for name in _SETTINGS:
-            setattr(self, name, {key: np.asarray(value, dtype=np.float64) for key, value in state[name].items()})
+        self.initial_loss = _value(state["initial_loss"])
+        current, previous, rest = ([_value(item) for item in state[key]] for key in ("current", "previous", "rest"))
+        self.summary = Summary(Interval(*current), Interval(*previous), *rest)
+        self.settings = {key: _value(value) for key, value in state["settings"].items()}
+        self.initial_settings = {key: _value(value) for key, value in state["initial_settings"].items()}
 
 
-_SUMMARIES = ("initial_loss", "initial_val_loss", "best_val_loss", "best_train_loss", "smoothed_loss",
-              "previous_smoothed_loss")
-_SETTINGS = ("settings", "unit_settings", "initial_settings")
+def _first(kept: Value, new: Value) -> Value:
+    """`kept`, and `new` where that is NaN."""
+    if isinstance(kept, np.ndarray) or isinstance(new, np.ndarray):
+        return np.where(np.isnan(kept), new, kept)
+    return kept if kept == kept else new
 
 
-def _first(kept: Array, new: Array) -> Array:
-    return np.where(np.isnan(kept), new, kept)
+def _lower(kept: Value, new: Value) -> Value:
+    """The lower of two; the other where one is NaN."""
+    if isinstance(kept, np.ndarray) or isinstance(new, np.ndarray):
+        return np.asarray(np.fmin(kept, new))
+    return new if new < kept or kept != kept else kept
+
+
+def _plain(value: Value) -> float | list[float]:
+    plain: float | list[float] = value.tolist() if isinstance(value, np.ndarray) else value
+    return plain
+
+
+def _value(plain: float | list[float]) -> Value:
+    return np.asarray(plain, dtype=np.float64) if isinstance(plain, list) else plain

@@ -7,14 +7,15 @@ it says log10. Sources: FINDINGS section 5 (features of the first trials).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from trimtab.run_state import Array, RunState
+from trimtab.run_state import Array, RunState, Value
 
-__all__ = ["Signal"]
+__all__ = ["Signal", "observe"]
 
 
 @dataclass(frozen=True)
@@ -22,49 +23,77 @@ class Signal:
     """One observed number per run.
 
     Attributes:
-        formula: RunState -> (R,), NaN where it was not measured.
+        formula: RunState -> (R,), or a float for a single run; NaN where it was not measured.
         low: Smallest value; smaller ones are clipped.
         high: Largest value; larger ones are clipped.
     """
 
-    formula: Callable[[RunState], Array]
+    formula: Callable[[RunState], Value]
     low: float
     high: float
 
     def __call__(self, state: RunState) -> Array:
         """The signal's value now, clipped, 0 where it was not measured; (R,)."""
-        with np.errstate(all="ignore"):
-            raw = self.formula(state)
-        return np.asarray(np.clip(np.where(np.isnan(raw), 0.0, raw), self.low, self.high))
+        return observe([self], state)[:, 0]
 
 
-def _log_ratio(new: Array, old: Array) -> Array:
-    return np.asarray(np.log(new / old))
+def observe(signals: Sequence[Signal], state: RunState) -> Array:
+    """The values of signals now, clipped, 0 where they were not measured; (R, S)."""
+    if not signals:
+        return np.zeros((1, 0))
+    raw = [signal.formula(state) for signal in signals]
+    runs = [raw] if isinstance(raw[0], float) else zip(*(np.atleast_1d(value).tolist() for value in raw), strict=True)
+    rows = [
+        [0.0 if x != x else min(max(x, signal.low), signal.high) for x, signal in zip(run, signals, strict=True)]
+        for run in runs
+    ]
+    return np.array(rows)
+
+
+def _log_ratio(new: Value, old: Value) -> Value:
+    """log(new / old); NaN where one of them is not measured or not positive."""
+    if isinstance(new, float) and isinstance(old, float):
+        return math.log(new / old) if 0 < new < math.inf and 0 < old < math.inf else math.nan
+    with np.errstate(all="ignore"):
+        return np.asarray(np.where((new > 0) & (old > 0), np.log(new / old), np.nan))
+
+
+def _log10(value: Value) -> Value:
+    if isinstance(value, float):
+        return math.log10(value) if 0 < value < math.inf else math.nan
+    with np.errstate(all="ignore"):
+        return np.asarray(np.where(value > 0, np.log10(value), np.nan))
+
+
+def _unit(state: RunState, knob: str) -> Value:
+    return np.asarray(state.to_unit[knob](np.atleast_1d(state.settings[knob])))
 
 
 # log(smoothed train loss / the one a decision before)
-train_loss_log_ratio = Signal(lambda s: _log_ratio(s.smoothed_loss, s.previous_smoothed_loss), -3.0, 3.0)
+train_loss_log_ratio = Signal(
+    lambda s: _log_ratio(s.summary.smoothed_loss, s.summary.previous_smoothed_loss), -3.0, 3.0
+)
 # log(validation loss / the one a decision before)
 val_loss_log_ratio = Signal(lambda s: _log_ratio(s.current.val_loss, s.previous.val_loss), -3.0, 3.0)
 # log(validation loss / the best so far); 0 at the best, positive above it
-val_loss_log_ratio_best = Signal(lambda s: _log_ratio(s.current.val_loss, s.best_val_loss), 0.0, 3.0)
+val_loss_log_ratio_best = Signal(lambda s: _log_ratio(s.current.val_loss, s.summary.best_val_loss), 0.0, 3.0)
 # log(mean loss of the interval's second half / of its first half)
 loss_slope = Signal(lambda s: _log_ratio(s.current.second_half_loss, s.current.first_half_loss), -3.0, 3.0)
 # log(validation loss / smoothed train loss)
-generalization_gap = Signal(lambda s: _log_ratio(s.current.val_loss, s.smoothed_loss), -3.0, 3.0)
+generalization_gap = Signal(lambda s: _log_ratio(s.current.val_loss, s.summary.smoothed_loss), -3.0, 3.0)
 # log(gradient norm / the one a decision before)
 grad_norm_log_ratio = Signal(lambda s: _log_ratio(s.current.grad_norm, s.previous.grad_norm), -3.0, 3.0)
 # mean cosine between g_t and u_(t-1), theta_t = theta_(t-1) - u_(t-1): positive when the last step was too short
 grad_update_cosine = Signal(lambda s: s.current.grad_update_cosine, -1.0, 1.0)
 # log10(|u| / |theta|) + 2.5: 0 at updates of 0.3 % of the weights
-update_to_weight = Signal(lambda s: np.log10(s.current.update_ratio) + 2.5, -3.0, 3.0)
+update_to_weight = Signal(lambda s: _log10(s.current.update_ratio) + 2.5, -3.0, 3.0)
 # optimizer steps taken / budget; 0 where the horizon is unknown
 progress = Signal(lambda s: s.progress, 0.0, 1.0)
 # log10(level of the rate / its level at the start), before the base schedule
-lr_log_ratio_start = Signal(lambda s: np.log10(s.settings["lr"] / s.initial_settings["lr"]), -6.0, 6.0)
+lr_log_ratio_start = Signal(lambda s: _log10(s.settings["lr"] / s.initial_settings["lr"]), -6.0, 6.0)
 # level of the rate on the unit interval of its bounds (log scale)
-lr_unit = Signal(lambda s: s.unit_settings["lr"], 0.0, 1.0)
+lr_unit = Signal(lambda s: _unit(s, "lr"), 0.0, 1.0)
 # weight decay on the unit interval of its bounds (log scale)
-weight_decay_unit = Signal(lambda s: s.unit_settings["weight_decay"], 0.0, 1.0)
+weight_decay_unit = Signal(lambda s: _unit(s, "weight_decay"), 0.0, 1.0)
 # raw: validation loss, or the interval's train loss where there is none; for rules that compare losses themselves
 watched_loss = Signal(RunState.watched_loss, -1e30, 1e30)

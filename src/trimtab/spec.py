@@ -6,10 +6,12 @@ fingerprint says whether two runs, an experience file or a brain speak of the sa
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -23,7 +25,7 @@ from trimtab.agents.scripted import Schedule, make_schedule
 from trimtab.errors import InputError, unknown_name
 from trimtab.knobs.base import Knob
 from trimtab.run_state import Array, RunState
-from trimtab.signals import Signal
+from trimtab.signals import Signal, observe
 
 __all__ = ["ControlSpec", "make_agent"]
 
@@ -98,7 +100,9 @@ class ControlSpec:
 
     def __post_init__(self) -> None:
         if isinstance(self.knobs, str) or not self.knobs or len(set(self.knobs)) != len(self.knobs):
-            raise InputError(f"knobs {self.knobs!r}; expected a sequence of one or more different names, such as ('lr',)")
+            raise InputError(
+                f"knobs {self.knobs!r}; expected a sequence of one or more different names, such as ('lr',)"
+            )
         for kind, given in (("knob", self.knobs), ("signal", self.signals), ("reward", (self.reward,))):
             table = registry.entries(kind)
             for name in given:
@@ -108,13 +112,17 @@ class ControlSpec:
             if name not in self.knobs:
                 raise unknown_name("knob with options", name, self.knobs)
         if self.base.name != "constant" and "lr" not in self.knobs:
-            raise InputError(f"base schedule {self.base.name!r} acts on 'lr', which is not among the knobs {self.knobs}")
+            raise InputError(
+                f"base schedule {self.base.name!r} acts on 'lr', which is not among the knobs {self.knobs}"
+            )
         if "lr" in self.knobs and "weight_decay" in self.knobs and self.knob_options.get("lr", {}).get("hold_decay"):
             raise InputError("hold_decay=True and the knob 'weight_decay' would both write the decay; choose one")
         for needed, signals in _SIGNAL_OF_KNOB.items():
             if needed not in self.knobs and signals & set(self.signals):
-                raise InputError(f"signals {sorted(signals & set(self.signals))} speak of the knob {needed!r}, which is "
-                                 f"not among the knobs {self.knobs}")
+                raise InputError(
+                    f"signals {sorted(signals & set(self.signals))} speak of the knob {needed!r}, which is "
+                    f"not among the knobs {self.knobs}"
+                )
         make_schedule(self.base)
 
     @classmethod
@@ -129,7 +137,12 @@ class ControlSpec:
         for key in changes:
             if key not in known:
                 raise unknown_name("field of a ControlSpec", key, known)
-        given = {"signals": needs.signals, "actions": needs.actions, "timing": needs.timing, "base": needs.base}
+        given = {
+            "signals": needs.signals,
+            "actions": needs.actions,
+            "timing": needs.timing,
+            "base": needs.base,
+        }
         return cls(**{**given, **changes})
 
     @property
@@ -146,7 +159,11 @@ class ControlSpec:
         count = len(self.knobs)
         if self.actions.kind == "multiply":
             n_factors = len(self.actions.factors)
-            return gymnasium.spaces.Discrete(n_factors) if count == 1 else gymnasium.spaces.MultiDiscrete([n_factors] * count)
+            return (
+                gymnasium.spaces.Discrete(n_factors)
+                if count == 1
+                else gymnasium.spaces.MultiDiscrete([n_factors] * count)
+            )
         if self.actions.kind == "decades":
             return gymnasium.spaces.Box(self.actions.low, self.actions.high, (count,), np.float64)
         return gymnasium.spaces.Box(0.0, np.inf, (count,), np.float64)
@@ -174,17 +191,18 @@ class ControlSpec:
     def _signals(self) -> list[Signal]:
         return [registry.load("signal", name) for name in self.signals]
 
-    def make_observer(self) -> _Observer:
+    def make_observer(self) -> Callable[[RunState], Array]:
         """The function from RunState to observation (R, S), with the signals looked up once."""
-        return _Observer(self._signals())
+        return functools.partial(observe, self._signals())
 
     def observe(self, state: RunState) -> Array:
         """All signals of a run, clipped to their bounds; (R, S)."""
         return self.make_observer()(state)
 
-    def compute_reward(self, state: RunState) -> Array:
-        """Reward of the interval that just ended; (R,)."""
-        return np.asarray(registry.load("reward", self.reward)(state))
+    def make_reward(self) -> Callable[[RunState], Array]:
+        """The function from RunState to the reward of the interval that just ended, (R,), looked up once."""
+        reward: Callable[[RunState], Array] = registry.load("reward", self.reward)
+        return reward
 
     def decode(self, action: npt.NDArray[Any], settings: Array) -> Array:
         """The settings that an action asks for, one column a knob; (R, K), (R, K) -> (R, K).
@@ -192,11 +210,22 @@ class ControlSpec:
         Raises:
             InputError: The action has another shape, or is not finite.
         """
-        action = np.asarray(action)
-        if action.shape != settings.shape or not np.all(np.isfinite(action)):
-            raise InputError(f"action {action!r} of shape {action.shape}; expected finite numbers of shape {settings.shape}, "
-                             "one column a knob")
-        return self.actions.decode(action, settings)
+        return np.array([self.decode_one(action[run : run + 1], row) for run, row in enumerate(settings.tolist())])
+
+    def decode_one(self, action: npt.NDArray[Any], settings: list[float]) -> list[float]:
+        """The same for a single run; (1, K).
+
+        Raises:
+            InputError: The action has another shape, or is not finite.
+        """
+        rows = action.tolist() if isinstance(action, np.ndarray) else action
+        moves = rows[0] if isinstance(rows, list) and len(rows) == 1 and isinstance(rows[0], list) else []
+        if len(moves) != len(settings) or not all(map(math.isfinite, moves)):
+            raise InputError(
+                f"action {action!r}; expected finite numbers of shape (1, {len(settings)}), one column a knob"
+            )
+        decode = self.actions.decode
+        return [decode(move, setting) for move, setting in zip(moves, settings, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; the inverse of `from_json`."""
@@ -237,13 +266,3 @@ class ControlSpec:
 
 
 _SIGNAL_OF_KNOB = {"lr": {"lr_log_ratio_start", "lr_unit"}, "weight_decay": {"weight_decay_unit"}}
-
-
-class _Observer:
-    def __init__(self, signals: list[Signal]) -> None:
-        self._signals = signals
-
-    def __call__(self, state: RunState) -> Array:
-        if not self._signals:
-            return np.zeros((1, 0))
-        return np.stack([signal(state) for signal in self._signals], axis=1)

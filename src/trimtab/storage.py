@@ -26,8 +26,16 @@ from trimtab.errors import InputError, OutputError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RunDirectory", "append_lines", "atomic_write", "load_state", "read_json", "read_lines", "save_state",
-           "write_json"]
+__all__ = [
+    "RunDirectory",
+    "append_lines",
+    "atomic_write",
+    "load_state",
+    "read_json",
+    "read_lines",
+    "save_state",
+    "write_json",
+]
 
 _HEADER = "trimtab_state"
 
@@ -47,6 +55,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes files that nobody else may read
         os.replace(temporary, path)
     except OSError as error:
         if temporary is not None and os.path.exists(temporary):
@@ -54,6 +63,13 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}; give a folder that can be written (--out) and has space"
         ) from error
+
+
+def _umask() -> int:
+    """The process's mask of permissions; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -217,7 +233,10 @@ class RunDirectory:
             saved = load_state(self._state)
         except InputError:
             return None  # torn by the machine, not by us: begin again
-        for path, count in ((self.series, saved["counts"]["series"]), (self.decisions, saved["counts"]["decisions"])):
+        for path, count in (
+            (self.series, saved["counts"]["series"]),
+            (self.decisions, saved["counts"]["decisions"]),
+        ):
             rows = read_lines(path)
             if len(rows) < count:
                 return None  # lines the checkpoint counts on are gone: begin again

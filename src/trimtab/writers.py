@@ -22,11 +22,9 @@ def find_writers(optimizer: Optimizer, *, but: object = None) -> list[str]:
         optimizer: Whose writers are looked for.
         but: A controller that asks: it, and the scheduler around it, are left out.
     """
-    found = _holders(optimizer, but)
-    if found:
+    if _holders(optimizer, but):  # not kept in a name: that would hold alive what is looked for
         gc.collect()  # one that its owner has let go may only wait for the collector
-        found = _holders(optimizer, but)
-    return sorted({type(holder).__name__ for holder in found})
+    return sorted({type(holder).__name__ for holder in _holders(optimizer, but)})
 
 
 def _holders(optimizer: Optimizer, but: object) -> list[Any]:

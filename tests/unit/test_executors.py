@@ -62,9 +62,7 @@ def final(events):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_every_result_comes_back_once_and_after_its_start(workers):
     events = run(make_executor("local", f"{HERE}:double", workers=workers), {f"k{i}": i for i in range(6)})
-    assert {key: event.data["twice"] for key, event in final(events).items()} == {
-        f"k{i}": 2 * i for i in range(6)
-    }
+    assert {key: event.data["twice"] for key, event in final(events).items()} == {f"k{i}": 2 * i for i in range(6)}
     for key in final(events):
         kinds = [event.kind for event in events if event.key == key]
         assert kinds[0] == "started"
@@ -103,9 +101,7 @@ def test_a_failure_fails_its_own_work_by_name_and_no_other(how, text):
 
 
 def test_our_errors_come_without_a_traceback_and_others_with():
-    found = final(
-        run(make_executor("local", f"{HERE}:misbehave", workers=1), {"ours": "input", "theirs": "error"})
-    )
+    found = final(run(make_executor("local", f"{HERE}:misbehave", workers=1), {"ours": "input", "theirs": "error"}))
     assert found["ours"].data["traceback"] is None
     assert found["theirs"].data["traceback"].startswith("Traceback")
 
@@ -139,9 +135,7 @@ def test_threads_are_set_in_workers_and_lent_in_this_process():
 
 def test_workers_that_cannot_start_are_one_error():
     executor = make_executor("local", "no_such_module_at_all:f", workers=1)
-    with pytest.raises(
-        RunFailedError, match="a worker process cannot start: ModuleNotFoundError: No module named"
-    ):
+    with pytest.raises(RunFailedError, match="a worker process cannot start: ModuleNotFoundError: No module named"):
         run(executor, {"a": 1})
 
 
@@ -170,9 +164,7 @@ def test_workers_die_with_a_killed_parent(tmp_path):
     )
     (tmp_path / "script.py").write_text(script)
     path = os.pathsep.join(part for part in sys.path if part)
-    parent = subprocess.Popen(
-        [sys.executable, str(tmp_path / "script.py")], env={**os.environ, "PYTHONPATH": path}
-    )
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "script.py")], env={**os.environ, "PYTHONPATH": path})
     try:
         wait_for(lambda: (tmp_path / "pids").exists() and len((tmp_path / "pids").read_text().split()) == 2)
     finally:

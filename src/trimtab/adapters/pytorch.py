@@ -92,15 +92,25 @@ class RLScheduler(LRScheduler):
     def _initial_step(self) -> None:
         """The controller has written the first rate already."""
         self._step_count = 1
-        self.last_epoch = 0
+
+    @property
+    def last_epoch(self) -> int:
+        """Calls of `step` so far, under torch's name for them."""
+        return self._controller.n_steps
+
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        """Torch's constructor sets it; the controller counts."""
 
     def __repr__(self) -> str:
         controller = self._controller
         size = controller.snapshot_bytes
         kept = f"snapshots of {size / 1e6:.1f} MB" if size else "no snapshots"
+        rates = [float(rate) for rate in self.get_last_lr()]
         return (
-            f"RLScheduler(brain={self._source!r} ({self.brain.agent.name}), total_steps={controller.state.total_steps}, "
-            f"step={self.last_epoch}, lr={[float(rate) for rate in self.get_last_lr()]}, {controller.status}, {kept})"
+            f"RLScheduler(brain={self._source!r} ({self.brain.agent.name}), "
+            f"total_steps={controller.state.total_steps}, "
+            f"step={self.last_epoch}, lr={rates}, {controller.status}, {kept})"
         )
 
     @property
@@ -110,7 +120,7 @@ class RLScheduler(LRScheduler):
 
     @property
     def status(self) -> str:
-        """ "running", "over", "gave_up" or "conflict"; see `Controller.status`."""
+        """One of "running", "over", "gave_up" and "conflict"; see `Controller.status`."""
         return self._controller.status
 
     @property
@@ -118,7 +128,7 @@ class RLScheduler(LRScheduler):
         """Calls of `step` before which the optimizer took no step, because a gradient scaler skipped it."""
         return self._controller.n_skipped_steps
 
-    def step(self, loss: Tensor | float | None = None) -> None:  # type: ignore[override]
+    def step(self, loss: Tensor | float | None = None) -> None:
         """Take in one optimizer step; call it once after each `optimizer.step()`.
 
         Args:
@@ -131,8 +141,6 @@ class RLScheduler(LRScheduler):
         if loss is None:
             raise InputError("RLScheduler.step() needs the loss of the step just taken: call scheduler.step(loss)")
         self._controller.step(loss)
-        self.last_epoch += 1
-        self._step_count += 1
 
     def report(self, val_loss: float | Tensor | None = None, accuracy: float | None = None) -> None:
         """Tell it what was measured on validation data, at any time.
@@ -167,7 +175,6 @@ class RLScheduler(LRScheduler):
         return {
             "brain": f"{self._source} ({self.brain.agent.name})",
             "last_epoch": self.last_epoch,
-            "step_count": self._step_count,
             "base_lrs": [_copy(rate) for rate in self.base_lrs],
             "controller": self._controller.state_dict(),
         }
@@ -181,8 +188,6 @@ class RLScheduler(LRScheduler):
         if "controller" not in state_dict:
             raise InputError(f"this is no state of an RLScheduler: it has the keys {sorted(state_dict)}")
         self._controller.load_state_dict(state_dict["controller"])
-        self.last_epoch = state_dict["last_epoch"]
-        self._step_count = state_dict["step_count"]
         self.base_lrs = [_copy(rate) for rate in state_dict["base_lrs"]]
 
 

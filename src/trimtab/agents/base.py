@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from trimtab.errors import InputError, unknown_name
 
-__all__ = ["Actions", "Agent", "Array", "Base", "Needs", "Timing", "State"]
+__all__ = ["Actions", "Agent", "Array", "Base", "Needs", "State", "Timing"]
 
 Array = npt.NDArray[np.float64]
-State = tuple[npt.NDArray[Any], ...]
+State = tuple[Any, ...]
 
 _ACTION_KINDS = {
     "multiply": "an index into `factors`; the setting is multiplied by that factor",
@@ -52,17 +52,25 @@ class Actions:
         if self.kind not in _ACTION_KINDS:
             raise unknown_name("kind of action", self.kind, _ACTION_KINDS)
         if self.kind == "multiply" and (1.0 not in self.factors or not all(0 < f < np.inf for f in self.factors)):
-            raise InputError(f"action factors {list(self.factors)}; expected positive numbers, one of them 1 (no change)")
+            raise InputError(
+                f"action factors {list(self.factors)}; expected positive numbers, one of them 1 (no change)"
+            )
         if self.kind == "decades" and not self.low < 0 < self.high:
             raise InputError(f"action moves in [{self.low}, {self.high}]; expected low < 0 < high")
 
-    def decode(self, action: npt.NDArray[Any], setting: Array) -> Array:
-        """The setting that an action asks for; both (R,)."""
-        if self.kind == "multiply":
-            return np.asarray(setting * np.asarray(self.factors)[action.astype(np.int64)])
+    def decode(self, action: float, setting: float) -> float:
+        """The setting that one action asks for.
+
+        Raises:
+            InputError: An index outside `factors`.
+        """
         if self.kind == "decades":
-            return np.asarray(setting * 10.0 ** np.clip(action, self.low, self.high))
-        return np.asarray(action, dtype=np.float64)
+            return float(setting * 10.0 ** min(max(action, self.low), self.high))
+        if self.kind == "set":
+            return action
+        if action not in range(len(self.factors)):
+            raise InputError(f"action {action!r}; expected an index into the factors {list(self.factors)}")
+        return setting * self.factors[int(action)]
 
 
 @dataclass(frozen=True)
@@ -198,7 +206,7 @@ class Agent(ABC):
         """Begin exploration anew from a seed; agents that draw nothing have nothing to do."""
         del seed
 
-    def update(
+    def update(  # noqa: B027 (learning nothing is a right default, not an omission)
         self,
         observation: Array,
         action: npt.NDArray[Any],
@@ -240,7 +248,7 @@ class Agent(ABC):
 
 
 def keep_actions(actions: Actions, observation: Array, n_knobs: int) -> npt.NDArray[Any]:
-    """"No change" for every run and knob, in the form of these actions; (R, K)."""
+    """No change, for every run and knob, in the form of these actions; (R, K)."""
     shape = (observation.shape[0], n_knobs)
     if actions.kind == "multiply":
         return np.full(shape, actions.factors.index(1.0), dtype=np.int64)

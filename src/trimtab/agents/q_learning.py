@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from typing_extensions import override
 
 from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing
 from trimtab.errors import InputError, unknown_name
@@ -64,7 +65,7 @@ class QLearning(Agent):
     name = "q_learning"
     is_learned = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (options of a study file, flat because people write them by hand)
         self,
         *,
         actions: str | Sequence[float] = "standard",
@@ -81,7 +82,12 @@ class QLearning(Agent):
         n_knobs: int = 1,
         seed: int = 0,
     ) -> None:
-        shares = {"learning_rate": learning_rate, "gamma": gamma, "epsilon": epsilon, "epsilon_end": epsilon_end}
+        shares = {
+            "learning_rate": learning_rate,
+            "gamma": gamma,
+            "epsilon": epsilon,
+            "epsilon_end": epsilon_end,
+        }
         for key, value in shares.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise InputError(f"q_learning: {key} is {value!r}; expected a number in [0, 1]")
@@ -109,10 +115,17 @@ class QLearning(Agent):
         self.visits: npt.NDArray[np.int64] = np.zeros(self.table.shape, np.int64)
 
     @property
+    @override
     def needs(self) -> Needs:
-        return Needs(signals=tuple(self._bins), actions=self._actions, timing=Timing(every=self._every), base=self._base)
+        return Needs(
+            signals=tuple(self._bins),
+            actions=self._actions,
+            timing=Timing(every=self._every),
+            base=self._base,
+        )
 
     @property
+    @override
     def options(self) -> dict[str, Any]:
         epsilon, end, schedule, decisions = self._epsilon
         given = self._given_actions
@@ -160,19 +173,18 @@ class QLearning(Agent):
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], State | None]:
-        """See `Agent.predict`; ties go to "keep", then to the first factor, so that an empty table moves nothing of itself."""
+        """See `Agent.predict`; ties go to "keep", then to the first factor: an empty table moves nothing."""
         del episode_start
         rows = self.table[self.bin(observation)]
         best = rows == rows.max(axis=1, keepdims=True)
-        chosen = np.array([
-            self._keep if row[self._keep] else int(np.flatnonzero(row)[0]) for row in best
-        ])
+        chosen = np.array([self._keep if row[self._keep] else int(np.flatnonzero(row)[0]) for row in best])
         if not deterministic:
             explores = self._rng.random(len(chosen)) < self.epsilon
             chosen = np.where(explores, self._rng.integers(0, self.table.shape[1], len(chosen)), chosen)
         factors = np.unravel_index(chosen, (len(self._actions.factors),) * self._n_knobs)
         return np.stack(factors, axis=1), state
 
+    @override
     def update(
         self,
         observation: Array,
@@ -212,9 +224,11 @@ class QLearning(Agent):
                 observation, _ = env.reset()
         return self
 
+    @override
     def reseed(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {
             "table": torch.from_numpy(self.table.copy()),
@@ -222,6 +236,7 @@ class QLearning(Agent):
             "rng": self._rng.bit_generator.state,
         }
 
+    @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for key in ("table", "visits"):
             value = state.get(key)
@@ -242,4 +257,6 @@ def _factors(actions: str | Sequence[float]) -> tuple[float, ...]:
     try:
         return tuple(float(factor) for factor in actions)
     except (TypeError, ValueError):
-        raise InputError(f"q_learning: actions {actions!r}; expected a name ({', '.join(FACTORS)}) or factors") from None
+        raise InputError(
+            f"q_learning: actions {actions!r}; expected a name ({', '.join(FACTORS)}) or factors"
+        ) from None

@@ -14,12 +14,26 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing, keep_actions
 from trimtab.errors import InputError, unknown_name
 
-__all__ = ["SCHEDULES", "Plateau", "RandomMoves", "Replay", "Schedule", "Scripted", "constant", "cosine", "default_cosine",
-           "exponential", "make_schedule", "step", "wsd"]
+__all__ = [
+    "SCHEDULES",
+    "Plateau",
+    "RandomMoves",
+    "Replay",
+    "Schedule",
+    "Scripted",
+    "constant",
+    "cosine",
+    "default_cosine",
+    "exponential",
+    "make_schedule",
+    "step",
+    "wsd",
+]
 
 # torch's own default for Adam and AdamW; 0.1 is what image networks with SGD and momentum are published with.
 DEFAULT_RATES = {"Adam": 1e-3, "AdamW": 1e-3, "SGD": 0.1}
@@ -67,7 +81,7 @@ def constant_factor() -> Schedule:
 
 
 def step_factor(step_size: int | None = None, gamma: float = 0.1) -> Schedule:
-    """gamma ** (step // step_size): torch's StepLR. step_size None: a third of the budget."""
+    """Gamma ** (step // step_size): torch's StepLR. step_size None: a third of the budget."""
     if step_size is not None:
         _number("step_size", step_size, 1)
     _number("gamma", gamma, 0.0)
@@ -80,7 +94,7 @@ def step_factor(step_size: int | None = None, gamma: float = 0.1) -> Schedule:
 
 
 def exponential_factor(gamma: float | None = None) -> Schedule:
-    """gamma ** step: torch's ExponentialLR. gamma None: such that 1 % of the rate is left at the end."""
+    """Gamma ** step: torch's ExponentialLR. gamma None: such that 1 % of the rate is left at the end."""
     if gamma is not None:
         _number("gamma", gamma, 0.0)
 
@@ -105,10 +119,13 @@ def cosine_factor(warmup_steps: int = 0, min_factor: float = 0.0) -> Schedule:
     _number("min_factor", min_factor, 0.0, 1.0)
 
     def factor(step: int, total_steps: int | None) -> float:
-        total = _horizon("cosine", total_steps)
+        if total_steps is None:
+            total_steps = _horizon("cosine", total_steps)
         if step < warmup_steps:
             return _warm_up(step, warmup_steps)
-        share = min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))
+        if step >= total_steps:
+            return min_factor
+        share = (step - warmup_steps) / (total_steps - warmup_steps)
         return min_factor + (1 - min_factor) * (1 + math.cos(math.pi * share)) / 2
 
     return factor
@@ -158,13 +175,16 @@ class Scripted(Agent):
         make_schedule(self._base)
 
     @property
+    @override
     def needs(self) -> Needs:
         return Needs(base=self._base)
 
     @property
+    @override
     def options(self) -> dict[str, Any]:
         return dict(self._base.options)
 
+    @override
     def initial_setting(self, optimizer: str) -> float | None:
         if self._default_rates is None:
             return None
@@ -172,6 +192,7 @@ class Scripted(Agent):
             raise unknown_name("optimizer without a default rate", optimizer, self._default_rates)
         return self._default_rates[optimizer]
 
+    @override
     def predict(
         self,
         observation: Array,
@@ -227,8 +248,14 @@ class Plateau(Agent):
 
     name = "plateau"
 
-    def __init__(self, factor: float = 0.1, patience: int = 10, threshold: float = 1e-4, cooldown: int = 0,
-                 every: int | str = 10) -> None:
+    def __init__(
+        self,
+        factor: float = 0.1,
+        patience: int = 10,
+        threshold: float = 1e-4,
+        cooldown: int = 0,
+        every: int | str = 10,
+    ) -> None:
         if not 0 < factor < 1:
             raise InputError(f"factor is {factor!r}; expected a number between 0 and 1")
         self._factor = factor
@@ -238,15 +265,26 @@ class Plateau(Agent):
         self._every = every
 
     @property
+    @override
     def needs(self) -> Needs:
-        return Needs(signals=("watched_loss",), actions=Actions("multiply", (self._factor, 1.0)),
-                     timing=Timing(every=self._every))
+        return Needs(
+            signals=("watched_loss",),
+            actions=Actions("multiply", (self._factor, 1.0)),
+            timing=Timing(every=self._every),
+        )
 
     @property
+    @override
     def options(self) -> dict[str, Any]:
-        return {"factor": self._factor, "patience": self._patience, "threshold": self._threshold,
-                "cooldown": self._cooldown, "every": self._every}
+        return {
+            "factor": self._factor,
+            "patience": self._patience,
+            "threshold": self._threshold,
+            "cooldown": self._cooldown,
+            "every": self._every,
+        }
 
+    @override
     def predict(
         self,
         observation: Array,
@@ -257,7 +295,11 @@ class Plateau(Agent):
         del episode_start, deterministic
         loss = observation[:, 0]
         if state is None:
-            state = (np.full(loss.shape, np.inf), np.zeros(loss.shape, np.int64), np.zeros(loss.shape, np.int64))
+            state = (
+                np.full(loss.shape, np.inf),
+                np.zeros(loss.shape, np.int64),
+                np.zeros(loss.shape, np.int64),
+            )
         best, n_bad, cooling = state
         is_better = loss < best * (1.0 - self._threshold)
         best = np.where(is_better, loss, best)
@@ -285,26 +327,33 @@ class Replay(Agent):
 
     name = "replay"
 
-    def __init__(self, settings: Sequence[Sequence[float]], timing: Timing | None = None, base: Base | None = None) -> None:
+    def __init__(
+        self, settings: Sequence[Sequence[float]], timing: Timing | None = None, base: Base | None = None
+    ) -> None:
         try:
             table = np.asarray(settings, dtype=np.float64)
         except (TypeError, ValueError):
             table = np.empty(0)
         if table.ndim != 2 or table.size == 0 or not np.all(np.isfinite(table)) or not np.all(table >= 0):
-            raise InputError(f"replay: settings {str(settings)[:80]!r}; expected rows of finite numbers of 0 or more, one "
-                             "row a decision, one number a knob")
+            raise InputError(
+                f"replay: settings {str(settings)[:80]!r}; expected rows of finite numbers of 0 or more, one "
+                "row a decision, one number a knob"
+            )
         self._settings = table
         self._timing = timing or Timing()
         self._base = base or Base()
 
     @property
+    @override
     def needs(self) -> Needs:
         return Needs(actions=Actions("set"), timing=self._timing, base=self._base)
 
     @property
+    @override
     def options(self) -> dict[str, Any]:
         return {"settings": self._settings.tolist()}
 
+    @override
     def predict(
         self,
         observation: Array,
@@ -329,21 +378,29 @@ class RandomMoves(Agent):
 
     name = "random"
 
-    def __init__(self, factors: Sequence[float] = (0.9, 1.0, 1.1), every: int | str = 10, seed: int = 0,
-                 n_knobs: int = 1) -> None:
+    def __init__(
+        self,
+        factors: Sequence[float] = (0.9, 1.0, 1.1),
+        every: int | str = 10,
+        seed: int = 0,
+        n_knobs: int = 1,
+    ) -> None:
         self._actions = Actions("multiply", tuple(factors))
         self._every = every
         self._n_knobs = n_knobs
         self._rng = np.random.default_rng(seed)
 
     @property
+    @override
     def needs(self) -> Needs:
         return Needs(actions=self._actions, timing=Timing(every=self._every))
 
     @property
+    @override
     def options(self) -> dict[str, Any]:
         return {"factors": list(self._actions.factors), "every": self._every}
 
+    @override
     def predict(
         self,
         observation: Array,
@@ -357,11 +414,14 @@ class RandomMoves(Agent):
         shape = (observation.shape[0], self._n_knobs)
         return self._rng.integers(0, len(self._actions.factors), shape), state
 
+    @override
     def reseed(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {"rng": self._rng.bit_generator.state}
 
+    @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._rng.bit_generator.state = state["rng"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing
 from trimtab.errors import InputError
@@ -42,11 +43,19 @@ class UWHG(Agent):
 
     name = "uwhg"
 
-    def __init__(self, target: float = 0.45, gain: float = 0.15, bias: float = 0.3, n_decisions: int = 20,
-                 base: str = "cosine") -> None:
+    def __init__(
+        self,
+        target: float = 0.45,
+        gain: float = 0.15,
+        bias: float = 0.3,
+        n_decisions: int = 20,
+        base: str = "cosine",
+    ) -> None:
         if not (-2 < target < 2 and 0 < gain <= 1 and 0 <= bias <= 1 and n_decisions >= 1):
-            raise InputError(f"uwhg: target {target}, gain {gain}, bias {bias}, n_decisions {n_decisions}; expected target in "
-                             "(-2, 2), gain in (0, 1], bias in [0, 1], n_decisions >= 1")
+            raise InputError(
+                f"uwhg: target {target}, gain {gain}, bias {bias}, n_decisions {n_decisions}; expected target in "
+                "(-2, 2), gain in (0, 1], bias in [0, 1], n_decisions >= 1"
+            )
         self._target = target
         self._gain = gain
         self._bias = bias
@@ -54,6 +63,7 @@ class UWHG(Agent):
         self._base = base
 
     @property
+    @override
     def needs(self) -> Needs:
         return Needs(
             signals=("update_to_weight", "grad_update_cosine"),
@@ -63,9 +73,15 @@ class UWHG(Agent):
         )
 
     @property
+    @override
     def options(self) -> dict[str, Any]:
-        return {"target": self._target, "gain": self._gain, "bias": self._bias, "n_decisions": self._n_decisions,
-                "base": self._base}
+        return {
+            "target": self._target,
+            "gain": self._gain,
+            "bias": self._bias,
+            "n_decisions": self._n_decisions,
+            "base": self._base,
+        }
 
     def predict(
         self,
@@ -76,12 +92,15 @@ class UWHG(Agent):
     ) -> tuple[npt.NDArray[Any], State | None]:
         """See `Agent.predict`; the state is the number of decisions taken, (R,)."""
         del deterministic
-        n_runs = observation.shape[0]
-        taken = np.zeros(n_runs, np.int64) if state is None else state[0]
+        taken = [0] * len(observation) if state is None else list(state[0])
         if episode_start is not None:
-            taken = np.where(episode_start, 0, taken)
-        ratio, cosine = observation[:, 0], observation[:, 1]
-        first = np.clip(self._target - ratio, -2.0, 2.0)
-        later = self._gain * np.clip(4.0 * cosine - self._bias, -1.0, 1.0)
-        move = np.where(taken == 0, 0.0, np.where(taken <= N_FIRST, first, later))
-        return move[:, None], (taken + 1,)
+            taken = [0 if starts else count for starts, count in zip(episode_start.tolist(), taken, strict=True)]
+        moves = [[self._move(run[0], run[1], count)] for run, count in zip(observation.tolist(), taken, strict=True)]
+        return np.array(moves), ([count + 1 for count in taken],)
+
+    def _move(self, ratio: float, cosine: float, taken: int) -> float:
+        if taken == 0:
+            return 0.0
+        if taken <= N_FIRST:
+            return min(max(self._target - ratio, -2.0), 2.0)
+        return self._gain * min(max(4.0 * cosine - self._bias, -1.0), 1.0)

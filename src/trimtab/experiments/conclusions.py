@@ -19,6 +19,7 @@ _NAMES = {
     "tuned": "the tuned schedule",
     "placebo": "its placebo",
     "yoked": "its yoked twin",
+    "user": "your configuration",
 }
 
 
@@ -38,6 +39,9 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
     for task in results["tasks"]:
         rows = [row for row in results["arms"] if row["task"] == task]
         found += _of_task(task, rows, results)
+    for row in results["benchmark"]["arms"]:
+        if row["kind"] in ("learned", "rule"):
+            found.append(f"Benchmark: {_of_arm(row)}")
     found += _losses(results)
     found += _overall(results)
     return found
@@ -53,7 +57,7 @@ def _of_task(task: str, rows: Sequence[Mapping[str, Any]], results: Mapping[str,
             f"{task}: {words.count(most, 'seed')} at most, {TOO_FEW}; the tables give values and ranges, "
             f"and intervals from {MIN_SEEDS} seeds on."
         )
-    best = [row for row in rows if row["kind"] in _CANDIDATES and row["n_seeds"]]
+    best = [row for row in rows if row["kind"] in _CANDIDATES and row["n_seeds"] >= MIN_SEEDS]
     if best:
         first = min(best, key=lambda row: row["metrics"]["test_loss"]["mean"])
         loss = words.number(first["metrics"]["test_loss"]["mean"])
@@ -67,14 +71,17 @@ def _of_task(task: str, rows: Sequence[Mapping[str, Any]], results: Mapping[str,
 
 def _of_arm(row: Mapping[str, Any]) -> str:
     parts = []
+    has_tuned = any("tuned" in entry["roles"] for entry in row["differences"].values())
     for role, name in _NAMES.items():
+        if role == "user" and has_tuned:
+            continue  # the harder of the two bars is enough for a sentence
         for reference, entry in row["differences"].items():
             if role in entry["roles"]:
                 second = entry["second"]["verdict"]
                 aside = f" (by best validation loss: {second})" if second != entry["verdict"] else ""
                 parts.append(f"against {name} {reference}: {words.difference(entry)}{aside}")
     if not parts:
-        return f"{row['id']} on {row['task']}: the study has no tuned schedule, placebo or twin to compare it with."
+        return f"{row['id']} on {row['task']}: the study has nothing to compare it with."
     return f"{row['id']} on {row['task']}, test loss " + "; ".join(parts) + ". " + _meaning(row)
 
 
@@ -85,8 +92,10 @@ def _meaning(row: Mapping[str, Any]) -> str:
         said = "Without a yoked twin nothing is said about control as against a better schedule."
     elif yoked == TOO_FEW:
         said = f"Whether looking at the run helped: {TOO_FEW}."
-    elif yoked == BETTER:
+    elif yoked == BETTER and placebo in (BETTER, None):
         said = "Looking at the run paid: the same kind of decisions taken without looking do worse."
+    elif yoked == BETTER:
+        said = "Its decisions suit the run that they were taken in: replayed in another one they do worse."
     elif yoked == WORSE:
         said = "Looking at the run did not pay: its decisions, replayed without looking, do better."
     elif placebo == BETTER:
@@ -95,11 +104,11 @@ def _meaning(row: Mapping[str, Any]) -> str:
             "replayed without looking are not shown to be worse."
         )
     else:
-        said = "That looking at the run helped is not shown."
+        said = "That looking at the run when it took its decisions helped is not shown."
     if placebo == WORSE:
-        said += " Its decisions did harm: leaving the base schedule alone does better."
+        said += " But they did harm: leaving the base schedule alone does better."
     elif placebo == NO_DIFFERENCE:
-        said += " That its decisions changed anything for the better is not shown either."
+        said += " That they changed anything for the better, against leaving the base schedule alone, is not shown."
     return said
 
 
@@ -118,7 +127,7 @@ def _sensitivity(task: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     if finite:
         arms = sorted(finite, key=lambda arm: (finite[arm], arm))
-        shown = [f"{finite[arm]:.3g} for {arm}" for arm in arms]
+        shown = [f"{words.number(finite[arm], digits=3)} for {arm}" for arm in arms]
         found.append(
             f"{task}: over the initial rates tried, the worst mean final validation loss over the best is "
             f"{words.listing(shown)}."
@@ -194,8 +203,10 @@ def recommendations(
         chosen = min(supported, key=lambda row: (row["metrics"]["final_val_loss"]["mean"], row["id"]))
         made = _changes(chosen, rows[user], user_config)
         changes += made
-        reasons[task] = _reason(chosen, supported, rows[user], user_config) if made else (
-            f"Nothing is recommended: {chosen['id']} has the settings that your configuration has."
+        reasons[task] = (
+            _reason(chosen, supported, rows[user], user_config)
+            if made
+            else (f"Nothing is recommended: {chosen['id']} has the settings that your configuration has.")
         )
     return changes, reasons
 

@@ -44,9 +44,7 @@ class Conductor:
         failed: Run folder -> why, for every run that did not come to its end.
     """
 
-    def __init__(
-        self, study: Study, out: Path, data_dir: Path | None, executor: Executor, display: Display
-    ) -> None:
+    def __init__(self, study: Study, out: Path, data_dir: Path | None, executor: Executor, display: Display) -> None:
         self._study = study
         self._out = out
         self._data_dir = None if data_dir is None else str(data_dir)
@@ -160,17 +158,13 @@ class Conductor:
             # No rate, no folder: the name says whose runs are missing.
             self.failed[job.directory.replace("lr-1.0", "lr-unknown")] = why
             self._display.over(job)
-        self._display.say(
-            f"failed: {self._study.tuning.arm.id if self._study.tuning else ''} on {task}: {why}"
-        )
+        self._display.say(f"failed: {self._study.tuning.arm.id if self._study.tuning else ''} on {task}: {why}")
 
     def _write_choice(self) -> None:
         path = self._out / "study.json"
         plan = read_json(path)
         first = self._study.tasks[0]
-        plan["tuning"]["chosen"] = {
-            task: self._chosen[task] for task in self._tuning_left if task in self._chosen
-        }
+        plan["tuning"]["chosen"] = {task: self._chosen[task] for task in self._tuning_left if task in self._chosen}
         for arm in plan["arms"]:
             if arm["id"] == plan["tuning"]["arm"]:
                 for task in arm["lr"]:

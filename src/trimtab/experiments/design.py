@@ -186,9 +186,7 @@ def _check_tasks(file: StudyFile, where: str) -> None:
     every = (*file.tasks, *file.optional_tasks, *file.benchmark_tasks)
     twice = sorted({name for name in every if every.count(name) > 1})
     if twice:
-        raise InputError(
-            f"{where}: the task {twice[0]!r} is there twice (tasks, optional_tasks, benchmark_tasks)"
-        )
+        raise InputError(f"{where}: the task {twice[0]!r} is there twice (tasks, optional_tasks, benchmark_tasks)")
 
 
 class _Resolver:
@@ -328,9 +326,7 @@ class _Resolver:
             return None
         arm = self._arm(spec.arm)
         if arm.kind != "baseline" or arm.agent == "default-cosine":
-            raise InputError(
-                f"{self._where}: tuning.arm: got {spec.arm!r}, expected a baseline with a rate to tune"
-            )
+            raise InputError(f"{self._where}: tuning.arm: got {spec.arm!r}, expected a baseline with a rate to tune")
         if len(set(spec.lrs)) < len(spec.lrs):
             raise InputError(f"{self._where}: tuning.lrs: a rate is there twice")
         tuned = replace(arm, id=f"tuned-{spec.arm}", lr=dict.fromkeys(arm.lr))

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+import trimtab
 from trimtab.errors import InputError
 
 __all__ = ["default_workers", "describe", "differences", "resolve_device"]
 
-_PACKAGES = ("trimtab", "torch", "numpy")
+_PACKAGES = ("torch", "numpy")
 
 
 def describe(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +27,8 @@ def describe(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
+        "trimtab": trimtab.__version__,
+        **{name: metadata.version(name) for name in _PACKAGES},
         "device": resolve_device(str(settings["device"])),
         "threads": settings["threads"],
         "platform": f"{platform.system()} {platform.machine()}",
@@ -58,9 +60,7 @@ def resolve_device(device: str) -> str:
     index = int(device.partition(":")[2] or 0)
     if not has_cuda or index >= torch.cuda.device_count():
         found = torch.cuda.device_count() if has_cuda else 0
-        raise InputError(
-            f"device: got {device!r}, but torch finds {found} CUDA devices; give 'cpu' or 'auto'"
-        )
+        raise InputError(f"device: got {device!r}, but torch finds {found} CUDA devices; give 'cpu' or 'auto'")
     return device
 
 
@@ -70,10 +70,3 @@ def default_workers(device: str, threads: int) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // threads)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed (run from source)"

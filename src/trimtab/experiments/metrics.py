@@ -210,4 +210,4 @@ def _validated(series: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if is_finite(value) else None

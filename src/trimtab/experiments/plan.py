@@ -107,9 +107,7 @@ def tuned_jobs(study: Study, task: str, rate: float) -> list[Job]:
     places = [(task, "report")]
     places += [(name, "benchmark") for name in study.benchmark_tasks if task == study.tasks[0]]
     return [
-        _job(study, study.tuning.arm, name, role, seed, rate)
-        for name, role in places
-        for seed in range(study.n_seeds)
+        _job(study, study.tuning.arm, name, role, seed, rate) for name, role in places for seed in range(study.n_seeds)
     ]
 
 

@@ -40,7 +40,11 @@ def draw_sensitivity(rows: Sequence[Mapping[str, Any]], look: Mapping[str, Style
         style, rates = look[arm], entry["initial_lrs"]
         pairs = [(rate, loss) for rate, loss in zip(rates, entry["final_val_loss"], strict=True) if loss is not None]
         axis.plot(
-            *zip(*pairs, strict=True), color=style.color, linestyle=style.dash, linewidth=style.width, marker="o",
+            *zip(*pairs, strict=True),
+            color=style.color,
+            linestyle=style.dash,
+            linewidth=style.width,
+            marker="o",
             markersize=4,
         )
         lost = [rate for rate, loss in zip(rates, entry["final_val_loss"], strict=True) if loss is None]
@@ -52,7 +56,15 @@ def draw_sensitivity(rows: Sequence[Mapping[str, Any]], look: Mapping[str, Style
     axis.set_title(task, loc="left", fontsize=10)
     order = sorted(known, key=lambda arm: -(known[arm]["final_val_loss"][-1] or top))
     handles = [
-        Line2D([], [], color=look[a].color, linestyle=look[a].dash, linewidth=look[a].width, marker="o", markersize=4)
+        Line2D(
+            [],
+            [],
+            color=look[a].color,
+            linestyle=look[a].dash,
+            linewidth=look[a].width,
+            marker="o",
+            markersize=4,
+        )
         for a in order
     ]
     figure.legend(handles, order, loc="outside right upper", frameon=False, fontsize=9)
@@ -73,8 +85,17 @@ def draw_differences(rows: Sequence[Mapping[str, Any]], look: Mapping[str, Style
     ends = [0.0]
     for place, (arm, entry, text) in enumerate(lines):
         if entry is None:
-            axis.text(0.0, place, text, transform=axis.get_yaxis_transform(), fontsize=9, color=INK, va="center",
-                      fontweight="bold", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+            axis.text(
+                0.0,
+                place,
+                text,
+                transform=axis.get_yaxis_transform(),
+                fontsize=9,
+                color=INK,
+                va="center",
+                fontweight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )
             continue
         ends += _difference_line(axis, place, entry, look[arm].color)
         axis.text(1.02, place, text, transform=axis.get_yaxis_transform(), fontsize=8, color=INK, va="center")
@@ -107,19 +128,20 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, An
             lines.append(("", None, heading.format(group[0][1])))
             for arm, _, entry in sorted(group, key=lambda line: (line[2]["mean"], line[0])):
                 bounds = interval(entry["interval"], signed=True)
-                size = number(entry["mean"], digits=3, signed=True)
-                lines.append((arm, entry, " ".join(part for part in (size, bounds, " " + entry["verdict"]) if part)))
+                size = number(entry["mean"], digits=3, signed=True) if bounds else ""
+                lines.append((arm, entry, " ".join([size, bounds, "", entry["verdict"]]).strip()))
     return lines
 
 
 def _difference_line(axis: Axes, place: int, entry: Mapping[str, Any], color: str) -> list[float]:
     """Seeds, interval and mean on one line; returns how far they reach."""
-    values = entry["values"]
-    axis.scatter(values, [place + 0.24] * len(values), s=8, color=color, alpha=0.6, linewidths=0, zorder=2)
-    if entry["interval"] is not None:
-        axis.plot(entry["interval"], [place, place], color=color, linewidth=2.4, solid_capstyle="round", zorder=3)
-    axis.scatter([entry["mean"]], [place], s=36, color=color, edgecolors="white", linewidths=0.8, zorder=4)
-    return [*values, *(entry["interval"] or [])]
+    values, bounds = entry["values"], entry["interval"]
+    below = 0.24 if bounds else 0.0
+    axis.scatter(values, [place + below] * len(values), s=8 if bounds else 14, color=color, alpha=0.6, linewidths=0)
+    if bounds:  # with too few seeds to say, a mean would look like an answer
+        axis.plot(bounds, [place, place], color=color, linewidth=2.4, solid_capstyle="round", zorder=3)
+        axis.scatter([entry["mean"]], [place], s=36, color=color, edgecolors="white", linewidths=0.8, zorder=4)
+    return [*values, *(bounds or [])]
 
 
 def _scale(axis: Axes, ends: Sequence[float]) -> None:
@@ -127,6 +149,14 @@ def _scale(axis: Axes, ends: Sequence[float]) -> None:
     sizes = np.array([abs(end) for end in ends if end != 0.0])
     if len(sizes) and sizes.max() > _FAR * np.median(sizes):
         axis.set_xscale("symlog", linthresh=float(np.median(sizes)))
-        axis.text(1.0, -0.02, "axis logarithmic outside the middle", transform=axis.transAxes, fontsize=8, color=GREY,
-                  ha="right", va="top")
+        axis.text(
+            1.0,
+            -0.02,
+            "axis logarithmic outside the middle",
+            transform=axis.transAxes,
+            fontsize=8,
+            color=GREY,
+            ha="right",
+            va="top",
+        )
     axis.margins(x=0.04)

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from trimtab.experiments.reading import Arm
-from trimtab.experiments.words import number
 from trimtab.storage import atomic_write
 
 __all__ = ["GREY", "INK", "PALE", "Plot", "Style", "log_axis", "panels", "save", "slug", "styles"]
@@ -129,7 +128,7 @@ def log_axis(axis: Axes, which: str, values: Iterable[float]) -> None:
     ratio = max(known) / min(known)
     if ratio < 30:  # at powers of ten alone such an axis would have one tick or none
         side.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)) if ratio > 3 else MaxNLocator(4))
-    side.set_major_formatter(lambda value, _: number(value, digits=3))
+    side.set_major_formatter(lambda value, _: f"{value:g}")
     side.set_minor_formatter(NullFormatter())
 
 

@@ -23,6 +23,8 @@ from trimtab.experiments.stats import is_finite
 __all__ = ["write_all"]
 
 _MAX_OVERLAY = 5  # more curves with bands than this in one panel hide each other: then every arm gets its own
+_CUT = 10.0
+_DECADES = 1e4  # how far below its highest value a knob is shown
 _LABELS = {"train_loss": "training loss", "val_loss": "validation loss"}
 _MARKS = {  # how a decision is marked: marker, area, what it says; the arm's colour where it is the agent's
     "kept": ("|", 14, "agent: kept as it was"),
@@ -62,10 +64,10 @@ def write_all(study: StudyFolder, results: Mapping[str, Any], folder: Path) -> l
 
 
 _DIFFERENCES = (
-    "Differences in test loss on {task} with their intervals, against the tuned schedule, the placebo and the "
-    "yoked twin; the numbers are in the table of differences.",
+    "Differences in test loss on {task} with their intervals, by what each arm is compared with; the numbers are in "
+    "the table of differences.",
     "Difference in test loss, arm minus reference, paired by seed: left of zero is a gain. Points are means, bars "
-    "95 % intervals; small dots are seeds. Without a bar there are too few seeds to say.",
+    "95 % intervals, small dots seeds. Without a bar there are too few seeds to say.",
 )
 _SENSITIVITY = (
     "Final validation loss on {task} against the initial learning rate, one line for each arm; the numbers are in "
@@ -75,7 +77,8 @@ _SENSITIVITY = (
 )
 _KNOBS = (
     "Paths of the knobs on {task} against optimizer steps, one line for each seed, with every decision marked.",
-    "The knob as read back where it acts, one line for each seed; every decision is marked, by who took it.",
+    "The knob as read back where it acts, one line for each seed; every decision is marked, by who took it. The axis "
+    "ends four decades below the highest value.",
 )
 _REWARDS = (
     "Reward of every decision on {task} against optimizer steps, mean and range over seeds.",
@@ -85,7 +88,7 @@ _REWARDS = (
 
 def _losses(study: StudyFolder, task: str, folder: Path, look: Mapping[str, Style]) -> list[Plot]:
     """One picture of both losses; of language models one for each loss, under its data set's name."""
-    found = {name: _curves(study, task, name) for name in _LABELS}
+    found = {name: _cut(_curves(study, task, name)) for name in _LABELS}
     dataset = study.dataset(task)
     if dataset in LANGUAGE_DATASETS:
         wanted = [(f"{name}_{slug(dataset)}.png", [name]) for name in _LABELS]
@@ -107,7 +110,8 @@ def _losses(study: StudyFolder, task: str, folder: Path, look: Mapping[str, Styl
                 task,
                 f"{what.capitalize()} on {task} against optimizer steps, for {', '.join(arms)}.",
                 f"{what.capitalize()}: mean over seeds, and the range from the lowest to the highest seed as a band."
-                + ("" if few else " In grey, the other arms."),
+                + ("" if few else " In grey, the other arms.")
+                + f" What rises above {_CUT:g} times the highest first value is drawn there.",
             )
         )
     return plots
@@ -123,10 +127,18 @@ def _curves(study: StudyFolder, task: str, name: str) -> dict[str, Curve]:
     return found
 
 
+def _cut(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Curves without what lies far above their start: one diverged run would press all others into a line."""
+    top = _CUT * max((abs(float(curve[3][0])) for curve in curves.values()), default=0.0)
+    return {
+        arm: (steps, np.minimum(mean, top), np.minimum(low, top), np.minimum(high, top))
+        for arm, (steps, mean, low, high) in curves.items()
+    }
+
+
 def _mean_and_range(runs: Sequence[Run], name: str) -> Curve | None:
     paths = [
-        {int(row["optimizer_step"]): float(row[name]) for row in run.series if is_finite(row.get(name))}
-        for run in runs
+        {int(row["optimizer_step"]): float(row[name]) for row in run.series if is_finite(row.get(name))} for run in runs
     ]
     paths = [path for path in paths if path]
     if not paths:
@@ -184,22 +196,33 @@ def _small_multiples(
                 color = look[arm].color
                 axis.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0, zorder=2)
                 width = 2.0 if name == main else 1.2
-                axis.plot(steps, mean, color=color, linewidth=width, linestyle="-" if name == main else ":", zorder=3)
+                axis.plot(
+                    steps,
+                    mean,
+                    color=color,
+                    linewidth=width,
+                    linestyle="-" if name == main else ":",
+                    zorder=3,
+                )
         axis.set_title(arm, loc="left", fontsize=9, color=INK)
-        log_axis(axis, "y", [float(v) for of_arm in curves.values() for c in of_arm.values() for v in (*c[2], *c[3])])
-    handles = [Line2D([], [], color=GREY, linewidth=2.0)]
-    labels = [f"{_LABELS[main]} of the arm"]
-    if len(curves) > 1:
-        handles.append(Line2D([], [], color=GREY, linewidth=1.2, linestyle=":"))
-        labels.append("its training loss")
-    handles.append(Line2D([], [], color=PALE, linewidth=1.0))
-    labels.append("the other arms")
-    if tuned in curves[main]:
-        handles.append(Line2D([], [], color=INK, linewidth=1.0))
-        labels.append(str(tuned))
+        log_axis(
+            axis,
+            "y",
+            [float(v) for of_arm in curves.values() for c in of_arm.values() for v in (*c[2], *c[3])],
+        )
+    handles, labels = _multiples_legend(main, len(curves) > 1, tuned if tuned in curves[main] else None)
     figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
     figure.supxlabel(f"optimizer steps, {task}", fontsize=9)
     return figure
+
+
+def _multiples_legend(main: str, has_training: bool, tuned: str | None) -> tuple[list[Line2D], list[str]]:
+    entries: list[tuple[str, str, float, Any]] = [(f"{_LABELS[main]} of the arm", GREY, 2.0, "-")]
+    entries += [("its training loss", GREY, 1.2, ":")] if has_training else []
+    entries += [("the other arms", PALE, 1.0, "-")]
+    entries += [(tuned, INK, 1.0, "-")] if tuned is not None else []
+    handles = [Line2D([], [], color=color, linewidth=width, linestyle=dash) for _, color, width, dash in entries]
+    return handles, [label for label, *_ in entries]
 
 
 def _line(axis: Axes, style: Style, steps: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> None:
@@ -218,11 +241,18 @@ def _knobs(study: StudyFolder, task: str, look: Mapping[str, Style]) -> Figure |
         return None
     figure, axes = panels(len(wanted), columns=2, scale=1.35, share_y=False)
     used: dict[str, None] = {}
-    for axis, (arm, knob, runs) in zip(axes, wanted, strict=True):
-        used.update(dict.fromkeys(_knob_panel(axis, runs, knob, look[arm])))
-        axis.set_title(f"{arm}: {knob}, {len(runs)} seeds", loc="left", fontsize=10)
+    for axis, (name, knob, runs) in zip(axes, wanted, strict=True):
+        used.update(dict.fromkeys(_knob_panel(axis, runs, knob, look[name])))
+        axis.set_title(f"{name}: {knob}, {len(runs)} seeds", loc="left", fontsize=10)
     handles = [
-        Line2D([], [], linestyle="none", marker=marker, color=GREY if source in ("agent", "kept") else INK, label=label)
+        Line2D(
+            [],
+            [],
+            linestyle="none",
+            marker=marker,
+            color=GREY if source in ("agent", "kept") else INK,
+            label=label,
+        )
         for source, (marker, _, label) in _MARKS.items()
         if source in used
     ]
@@ -241,9 +271,12 @@ def _knob_panel(axis: Axes, runs: Sequence[Run], knob: str, style: Style) -> lis
         if known:
             axis.plot(*zip(*known, strict=True), color=style.color, linewidth=0.9, alpha=0.55)
         values += [value for _, value in known]
+        setting = known[0][1] if known else None
         for row in run.decisions:
             if row["knob"] == knob and is_finite(row["read_back"]):
-                kept = row["source"] == "agent" and row["before"] == row["read_back"]
+                # under a base schedule the value moves by itself: what the agent moves is its setting
+                now = row.get("setting", row["read_back"])
+                kept, setting = row["source"] == "agent" and now == setting, now
                 steps, settings = marks.setdefault("kept" if kept else str(row["source"]), ([], []))
                 steps.append(row["optimizer_step"])
                 settings.append(row["read_back"])
@@ -251,18 +284,35 @@ def _knob_panel(axis: Axes, runs: Sequence[Run], knob: str, style: Style) -> lis
     for source, (steps, settings) in marks.items():
         marker, area, _ = _MARKS.get(source, _MARKS["agent"])
         is_agent = source in ("agent", "kept")
-        look = {"color": style.color, "alpha": 0.7, "zorder": 3} if is_agent else {"color": INK, "zorder": 4}
-        axis.scatter(steps, settings, s=area, marker=marker, linewidths=0.7, **look)
-    log_axis(axis, "y", values)
+        color, alpha = (style.color, 0.7) if is_agent else (INK, 1.0)
+        axis.scatter(
+            steps,
+            settings,
+            s=area,
+            marker=marker,
+            linewidths=0.7,
+            color=color,
+            alpha=alpha,
+            zorder=3 if is_agent else 4,
+        )
+    positive = [value for value in values if value > 0]
+    if positive:  # a schedule may end at 0, which no logarithmic axis has
+        log_axis(axis, "y", positive)
+        axis.set_ylim(bottom=0.8 * max(min(positive), max(positive) / _DECADES))
     return list(marks)
 
 
 def _path(run: Run, knob: str) -> list[tuple[float, float]]:
     """Steps and values of a knob: as read back at every interval, and before and after every decision."""
-    points = [(row["optimizer_step"], 0, (row.get("knobs") or {}).get(knob)) for row in run.series]
+    points: list[tuple[int, int, Any]] = [
+        (row["optimizer_step"], 3, (row.get("knobs") or {}).get(knob)) for row in run.series
+    ]
     for row in run.decisions:
         if row["knob"] == knob:
-            points += [(row["optimizer_step"], 1, row["before"]), (row["optimizer_step"], 2, row["read_back"])]
+            points += [
+                (row["optimizer_step"], 1, row["before"]),
+                (row["optimizer_step"], 2, row["read_back"]),
+            ]
     ordered = sorted((step, order, value) for step, order, value in points if is_finite(value))
     return [(step, value) for step, _, value in ordered]
 
@@ -277,10 +327,10 @@ def _rewards(study: StudyFolder, task: str, look: Mapping[str, Style]) -> Figure
     if not curves:
         return None
     figure, axes = panels(len(curves), columns=2, scale=1.2, share_y=False)
-    for axis, (arm, (steps, mean, low, high)) in zip(axes, curves.items(), strict=True):
+    for axis, (name, (steps, mean, low, high)) in zip(axes, curves.items(), strict=True):
         axis.axhline(0, color=GREY, linewidth=0.8)
-        axis.fill_between(steps, low, high, color=look[arm].color, alpha=0.2, linewidth=0)
-        axis.plot(steps, mean, color=look[arm].color, linewidth=1.6, marker="o", markersize=2.5)
-        axis.set_title(f"{arm}: reward", loc="left", fontsize=10)
+        axis.fill_between(steps, low, high, color=look[name].color, alpha=0.2, linewidth=0)
+        axis.plot(steps, mean, color=look[name].color, linewidth=1.6, marker="o", markersize=2.5)
+        axis.set_title(f"{name}: reward", loc="left", fontsize=10)
     figure.supxlabel(f"optimizer steps, {task}", fontsize=9)
     return figure

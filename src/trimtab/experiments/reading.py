@@ -114,9 +114,7 @@ class StudyFolder:
     def of(self, *, arm: str | None = None, task: str | None = None, role: str | None = None) -> list[Run]:
         """The runs of an arm, a task, a role, or any mixture, by seed and rate."""
         return [
-            run
-            for run in self.runs
-            if arm in (None, run.arm) and task in (None, run.task) and role in (None, run.role)
+            run for run in self.runs if arm in (None, run.arm) and task in (None, run.task) and role in (None, run.role)
         ]
 
     def dataset(self, task: str) -> str:
@@ -160,7 +158,16 @@ def read_study(out: Path) -> StudyFolder:
     runs, problems = _runs(out, known, tasks + benchmark_tasks)
     missing, n_planned, n_over = _missing(_planned(plan, arms, tasks, benchmark_tasks), runs)
     return StudyFolder(
-        out, plan, arms, tasks, benchmark_tasks, tuple(runs), tuple(problems), tuple(missing), n_planned, n_over
+        out,
+        plan,
+        arms,
+        tasks,
+        benchmark_tasks,
+        tuple(runs),
+        tuple(problems),
+        tuple(missing),
+        n_planned,
+        n_over,
     )
 
 
@@ -229,7 +236,7 @@ def _run(path: Path, name: str) -> Run:
         dataset=str(header.get("dataset") or header["task"]),
         role=str(header.get("role", "report")),
         seed=int(header["seed"]),
-        initial_lr=None if header.get("initial_lr") is None else float(header["initial_lr"]),
+        initial_lr=_initial_lr(header),
         total_steps=int(header.get("total_steps") or 0),
         status=status if status in _ENDED else "unfinished",
         error=error,
@@ -239,6 +246,13 @@ def _run(path: Path, name: str) -> Run:
         series=tuple(read_lines(path / "series.jsonl")),
         decisions=tuple(read_lines(path / "decisions.jsonl")),
     )
+
+
+def _initial_lr(header: Mapping[str, Any]) -> float | None:
+    """The rate as planned; where the plan left it to the task or the agent, the one the run started from."""
+    left_open = "initial_lr" in (header.get("job") or {}) and header["job"]["initial_lr"] is None
+    rate = header.get("start_lr") if left_open else header.get("initial_lr")
+    return None if rate is None else float(rate)
 
 
 def _last_line(path: Path) -> str:
@@ -272,9 +286,7 @@ def _planned(
     return planned
 
 
-def _missing(
-    planned: Mapping[tuple[str, str, str], int], runs: Iterable[Run]
-) -> tuple[list[str], int, int]:
+def _missing(planned: Mapping[tuple[str, str, str], int], runs: Iterable[Run]) -> tuple[list[str], int, int]:
     """Planned runs without a result, in words; how many are planned or were found; how many of them are over."""
     over: dict[tuple[str, str, str], int] = {}
     begun: dict[tuple[str, str, str], int] = {}

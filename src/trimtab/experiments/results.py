@@ -63,7 +63,11 @@ def collect_study(study: StudyFolder) -> dict[str, Any]:
         "user_arm": {task: _user_arm(study, task) for task in study.tasks},
         "thresholds": thresholds,
         "arms": rows,
-        "benchmark": {"tasks": list(study.benchmark_tasks), "thresholds": benchmark_thresholds, "arms": benchmark},
+        "benchmark": {
+            "tasks": list(study.benchmark_tasks),
+            "thresholds": benchmark_thresholds,
+            "arms": benchmark,
+        },
         "left_out": list(study.plan.get("left_out") or []),
     }
     changes, reasons = conclusions.recommendations(results, study.plan.get("user_config") or {})
@@ -201,7 +205,7 @@ def _cost(
     uses, why = (
         metrics.uses_to_pay_back(learning_steps, tuning_steps, differences.get(study.tuned_arm or ""))
         if arm.decides
-        else (None, "nothing was learned")
+        else (None, "it decides nothing" if arm.kind == "baseline" else "it is a control")
     )
     return {
         "learning_runs": max((int(entry.get("runs") or 0) for entry in learning), default=0),

@@ -180,21 +180,15 @@ def _plan_there(out: Path, resume: bool) -> Any:
     if not content:
         return None
     if not resume:
-        raise OutputError(
-            f"{out} is not empty; go on from what is there with --resume, or give another --out"
-        )
+        raise OutputError(f"{out} is not empty; go on from what is there with --resume, or give another --out")
     if not (out / "study.json").is_file():
-        raise OutputError(
-            f"{out} holds files but no study.json, so it is no study's folder; give another --out"
-        )
+        raise OutputError(f"{out} holds files but no study.json, so it is no study's folder; give another --out")
     return read_json(out / "study.json")
 
 
 def _content(out: Path) -> list[str]:
     """What is in a folder, without what a killed process left of its first file."""
-    return (
-        [] if not out.exists() else [name for name in os.listdir(out) if not name.startswith(".study.json.")]
-    )
+    return [] if not out.exists() else [name for name in os.listdir(out) if not name.startswith(".study.json.")]
 
 
 def _with_data(study: Study, data_dir: Path | None) -> Study:
@@ -275,9 +269,7 @@ def _folder(out: Path, resume: bool) -> Iterator[None]:
             handle = os.open(out, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise OutputError(
-                f"another process is running a study in {out}; wait for it, or end it"
-            ) from error
+            raise OutputError(f"another process is running a study in {out}; wait for it, or end it") from error
         except OSError as error:
             raise OutputError(
                 f"cannot write {out}: {error.strerror or error}; give a folder that can be written (--out)"

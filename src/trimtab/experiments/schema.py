@@ -154,7 +154,34 @@ class TuningSpec(_Strict):
 
 
 class StudyFile(_Strict):
-    """A whole study file; the keys are explained in docs/studies.md."""
+    """A whole study file.
+
+    Attributes:
+        study: Its name, and that of its folder below runs/.
+        idea: The question, in a sentence or two.
+        tasks: Registered tasks; their data must be there.
+        optional_tasks: Run where their data is found, else listed as left out.
+        benchmark_tasks: Every arm runs on these too, untouched; left out where their data is not found.
+        arms: Names, or mappings as in `ArmSpec`.
+        n_seeds: Runs of each arm on each task.
+        seed: Root seed.
+        lr: Initial rate: a number, a mapping from tasks to numbers, or "task" (the task's own).
+        weight_decay: Instead of the task's own; so are `optimizer` and `total_steps`.
+        optimizer: See above.
+        total_steps: See above.
+        every: Optimizer steps between decisions, or "epoch"; the task's own where it is not given.
+        reward: Of learned arms; the agent's own where it is not given.
+        learn_runs: Whole runs that a learned arm learns from before each run that counts.
+        sensitivity_lrs: Other initial rates to run every deciding arm and baseline from.
+        sensitivity_seeds: Seeds of these runs; `n_seeds` where it is not given.
+        tuning: The search for one baseline's rate, which makes the arm `tuned-ARM`.
+        user_config: The user's own settings, from which the report recommends changes.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        precision: "float32", "bf16", or "auto" (bf16 where the device has it).
+        threads: Of torch, for each run.
+        final_info: Whether final_info.json files are written beside the report.
+        scales: "smoke", "small", "full" -> keys of this file that are different at that scale.
+    """
 
     study: Annotated[str, Field(pattern=rf"^{_NAME}$")]
     idea: _Text
@@ -215,9 +242,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read the study file {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"the study file {path} is not UTF-8 text (byte {error.start}); is it YAML?"
-        ) from error
+        raise InputError(f"the study file {path} is not UTF-8 text (byte {error.start}); is it YAML?") from error
     try:
         data = yaml.load(text, Loader=_Loader)
     except _YAML_ERRORS as error:
@@ -258,16 +283,15 @@ def parse_study(data: Mapping[str, Any], where: str, scale: str) -> StudyFile:
     return checked.get(scale, checked[""])
 
 
-def _validate(
-    data: Mapping[str, Any], where: str, overridden: tuple[str, ...], prefix: str = ""
-) -> StudyFile:
+def _validate(data: Mapping[str, Any], where: str, overridden: tuple[str, ...], prefix: str = "") -> StudyFile:
     for key in data:
         if not isinstance(key, str):
             raise InputError(f"{where}: a key is a name, got {reprlib.repr(key)}")
     try:
         return StudyFile.model_validate(dict(data))
     except ValidationError as error:
-        first = error.errors()[0]
+        # A key that is written wrong is also missing under its right name: say the former.
+        first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
         path = ".".join(str(part) for part in first["loc"])
         path = prefix + path if first["loc"][0] in overridden else path
         if first["type"] == "extra_forbidden":
@@ -284,7 +308,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] == "missing":
-        return "is missing; every study needs study, idea, tasks and arms"
+        return "is missing" + ("; every study needs study, idea, tasks and arms" if len(error["loc"]) == 1 else "")
     given = reprlib.repr(error["input"])
     if error["type"] == "string_pattern_mismatch":
         return f"got {given}, expected a text like {error['ctx']['pattern']}"

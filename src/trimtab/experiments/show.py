@@ -34,9 +34,7 @@ def show(directory: Path, console: Console) -> None:
     elif (directory / "brain.json").is_file():
         _show_brain(directory, console)
     else:
-        raise InputError(
-            f"{directory} holds no study (study.json) and no brain (brain.json); give the folder of one"
-        )
+        raise InputError(f"{directory} holds no study (study.json) and no brain (brain.json); give the folder of one")
 
 
 def summary_table(out: Path) -> Table | None:
@@ -75,8 +73,7 @@ def _show_study(directory: Path, console: Console) -> None:
         "tasks": ", ".join(plan.get("tasks") or []),
         "arms": ", ".join(str(arm.get("id")) for arm in plan.get("arms") or []),
         "seeds": f"{plan.get('n_seeds')}, root seed {plan.get('root_seed')}",
-        "left out": "; ".join(f"{entry['task']}: {entry['why']}" for entry in plan.get("left_out") or [])
-        or "nothing",
+        "left out": "; ".join(f"{entry['task']}: {entry['why']}" for entry in plan.get("left_out") or []) or "nothing",
         "runs": ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none begun",
     }
     _print_rows(rows, console)
@@ -96,9 +93,7 @@ def _show_brain(directory: Path, console: Console) -> None:
 
 
 def _state(run: Path) -> str:
-    return (
-        str(read_json(run / "result.json").get("status")) if (run / "result.json").is_file() else "unfinished"
-    )
+    return str(read_json(run / "result.json").get("status")) if (run / "result.json").is_file() else "unfinished"
 
 
 def _print_rows(rows: Mapping[str, Any], console: Console) -> None:

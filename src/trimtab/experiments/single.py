@@ -230,7 +230,7 @@ class _Run:
 
     def _begin(self, spec: ControlSpec) -> None:
         job = self.job
-        start_lr = float(self.controller.state.initial_settings["lr"][0])
+        start_lr = float(self.controller.state.initial_settings["lr"])
         self.folder.start({
             "schema": 1,
             **{key: job[key] for key in ("study", "arm", "task", "role", "seed", "agent", "kind", "of", "options")},
@@ -294,19 +294,22 @@ class _Run:
             "optimizer_step": self.loop.steps_done,
             "epoch": self.loop.epoch,
             "progress": self.loop.steps_done / self.loop.total_steps,
-            "train_loss": None if seen is None else float(seen.train_loss[0]),
+            "train_loss": None if seen is None else float(seen.train_loss),
             "val_loss": self.validation["loss"],
             "accuracy": self.validation.get("accuracy"),
             "reward": controller.last_reward,
             "signals": dict(zip(controller.spec.signals, controller.last_observation, strict=True)),
             "knobs": controller.read_knobs(),
-            "best_val_loss": float(state.best_val_loss[0]),
+            "best_val_loss": float(state.summary.best_val_loss),
         }
 
     def news(self) -> dict[str, Any]:
         """What the progress bar shows."""
         row = self._row()
-        return {"total_steps": self.loop.total_steps, **{k: row[k] for k in ("optimizer_step", "train_loss", "val_loss")}}
+        return {
+            "total_steps": self.loop.total_steps,
+            **{k: row[k] for k in ("optimizer_step", "train_loss", "val_loss")},
+        }
 
     def result(self) -> dict[str, Any]:
         """Measure the end: validation again (timed), and test, for the only time."""
@@ -371,7 +374,7 @@ class _Run:
 
 def _with_settings(controller: Controller) -> list[tuple[Any, float]]:
     """Each decision beside the setting before it."""
-    settings = {name: float(value[0]) for name, value in controller.state.initial_settings.items()}
+    settings = {name: float(value) for name, value in controller.state.initial_settings.items()}
     pairs = []
     for decision in controller.decisions:
         pairs.append((decision, settings[decision.knob]))

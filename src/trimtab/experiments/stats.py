@@ -34,6 +34,7 @@ __all__ = [
     "Interval",
     "Summary",
     "compare",
+    "is_finite",
     "mean_interval",
     "summarize",
 ]
@@ -47,6 +48,7 @@ LEVEL = 0.95
 MIN_SEEDS = 5  # with four, a 95 % t interval is 1.6 standard deviations to each side: it says next to nothing
 _MAX_T_SEEDS = 10  # the bootstrap covers too little below about ten values
 _N_RESAMPLES = 9999
+_INFINITE = 1e39
 _BOOTSTRAP_SEED = 20261121  # fixed, so that a report written twice says the same
 
 
@@ -210,8 +212,8 @@ def mean_interval(values: Sequence[float], *, n_resamples: int = _N_RESAMPLES) -
 
 
 def is_finite(value: float | None) -> bool:
-    """Whether there is a number, and it is neither NaN nor infinite."""
-    return value is not None and math.isfinite(value)
+    """Whether there is a number, and it is neither NaN nor beyond what 32 bits hold, which is infinite to a loss."""
+    return value is not None and math.isfinite(value) and abs(value) < _INFINITE
 
 
 def _t_interval(data: np.ndarray[Any, np.dtype[np.float64]], method: str) -> Interval:

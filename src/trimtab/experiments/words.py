@@ -70,7 +70,8 @@ def difference(entry: Mapping[str, Any]) -> str:
     if n == 0:
         return "nothing to compare, since no seed has a value on both sides"
     if entry["verdict"] == TOO_FEW:
-        return f"{TOO_FEW} ({n} of the {MIN_SEEDS} needed)"
+        low, high = (number(pick(entry["values"]), digits=3, signed=True) for pick in (min, max))
+        return f"{TOO_FEW} ({n} of the {MIN_SEEDS} needed; differences from {low} to {high})"
     if entry["identical"]:
         return f"identical to the bit over {count(n, 'seed')}, that is {entry['verdict']}"
     size = f"{number(entry['mean'], digits=3, signed=True)} {interval(entry['interval'], signed=True)}"

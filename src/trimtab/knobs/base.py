@@ -37,7 +37,9 @@ class Knob(ABC):
             if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not math.isfinite(bound):
                 raise InputError(f"{self.name}: {key} is {bound!r}; expected a finite number")
         if low >= high or (self.scale == "log" and low <= 0):
-            raise InputError(f"{self.name}: bounds [{low}, {high}]; expected {'0 < ' * (self.scale == 'log')}low < high")
+            raise InputError(
+                f"{self.name}: bounds [{low}, {high}]; expected {'0 < ' * (self.scale == 'log')}low < high"
+            )
         self.low = float(low)
         self.high = float(high)
 
@@ -53,8 +55,12 @@ class Knob(ABC):
         """
 
     @abstractmethod
+    def get(self, state: RunState) -> float:
+        """Read the value of a single run from where it acts. May synchronise with a device."""
+
     def read(self, state: RunState) -> Array:
         """Read the value from where it acts; (R,). May synchronise with a device."""
+        return np.array([self.get(state)])
 
     @abstractmethod
     def put(self, state: RunState, value: float) -> None:
@@ -69,12 +75,10 @@ class Knob(ABC):
         self.put(state, float(self.check_values(values)[0]))
 
     @abstractmethod
-    def find_conflict(self, state: RunState, *, may_sync: bool) -> str | None:
+    def find_conflict(self, state: RunState) -> str | None:
         """Say what was found where the value acts, if it is not what this knob wrote last.
 
-        Args:
-            state: The run.
-            may_sync: Also look at values that lie on a device.
+        It synchronises with a device only where something has changed there.
         """
 
     @abstractmethod
@@ -87,7 +91,7 @@ class Knob(ABC):
 
     def clip(self, values: Array) -> Array:
         """Nearest setting inside the bounds; (R,)."""
-        return np.clip(values, self.low, self.high)
+        return np.asarray(np.minimum(np.maximum(values, self.low), self.high))
 
     def to_unit(self, values: Array) -> Array:
         """Map settings to the unit interval of the bounds (log or linear), clipped to [0, 1]; (R,)."""

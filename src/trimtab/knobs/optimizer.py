@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import override
 
 from trimtab.errors import InputError
 from trimtab.knobs.base import Knob
@@ -32,29 +33,34 @@ class _GroupKnob(Knob):
         self._initial: list[float] = []
         self._written: list[float] = []
         self._reference = 0
+        self._seen: dict[int, tuple[Tensor, int]] = {}  # tensor values, and their count of writes after ours
 
     def bind(self, state: RunState) -> Array:
         groups = state.optimizer.param_groups
         initial = []
         for index, group in enumerate(groups):
             if self.key not in group:
-                raise InputError(f"{type(state.optimizer).__name__} has no {self.key!r} in its param groups: "
-                                 f"the knob {self.name!r} cannot act on it; leave it out")
+                raise InputError(
+                    f"{type(state.optimizer).__name__} has no {self.key!r} in its param groups: "
+                    f"the knob {self.name!r} cannot act on it; leave it out"
+                )
             value = float(group[self.key])
             if not math.isfinite(value) or value < 0:
                 raise InputError(f"param group {index} has {self.key} {value!r}; expected a finite number of 0 or more")
             initial.append(value)
         positive = [index for index, value in enumerate(initial) if value > 0]
         if not positive:
-            raise InputError(f"{self.key} is 0 in every param group, so there is nothing that {self.name!r} could "
-                             f"multiply; give at least one group a positive {self.key}")
+            raise InputError(
+                f"{self.key} is 0 in every param group, so there is nothing that {self.name!r} could "
+                f"multiply; give at least one group a positive {self.key}"
+            )
         self._reference = positive[0]
         self._initial = initial
         self._written = list(initial)
         return np.array([initial[self._reference]])
 
-    def read(self, state: RunState) -> Array:
-        return np.array([float(state.optimizer.param_groups[self._reference][self.key])])
+    def get(self, state: RunState) -> float:
+        return float(state.optimizer.param_groups[self._reference][self.key])
 
     def put(self, state: RunState, value: float) -> None:
         groups = state.optimizer.param_groups
@@ -66,6 +72,7 @@ class _GroupKnob(Knob):
             present = group[self.key]
             if isinstance(present, Tensor):
                 present.fill_(new)
+                self._seen[index] = (present, present._version)
             else:
                 group[self.key] = new
             self._written[index] = new
@@ -79,16 +86,27 @@ class _GroupKnob(Knob):
             self._initial.append(value * scale)
             self._written.append(value)
 
-    def find_conflict(self, state: RunState, *, may_sync: bool) -> str | None:
+    @override
+    def find_conflict(self, state: RunState) -> str | None:
         for index, (group, written) in enumerate(zip(state.optimizer.param_groups, self._written, strict=False)):
             present = group[self.key]
-            if isinstance(present, Tensor):
-                if not may_sync or math.isclose(float(present), written, rel_tol=_TENSOR_TOLERANCE, abs_tol=1e-38):
-                    continue
-            elif present == written:
-                continue
-            return f"param group {index} has {self.key}={float(present):g} where {written:g} was written"
+            if not self._stands(index, present):
+                return f"param group {index} has {self.key}={float(present):g} where {written:g} was written"
         return None
+
+    def _stands(self, index: int, present: Any) -> bool:
+        """Whether a group holds what was written; of a tensor its count of writes is asked, which waits for nothing."""
+        written = self._written[index]
+        if not isinstance(present, Tensor):
+            return bool(present == written)
+        seen = self._seen.get(index)
+        if seen is not None and seen[0] is present and seen[1] == present._version:
+            return True
+        # Written since, or another tensor, as after the optimizer's state was loaded: only then its value is looked at.
+        if not math.isclose(float(present), written, rel_tol=_TENSOR_TOLERANCE, abs_tol=1e-38):
+            return False
+        self._seen[index] = (present, present._version)
+        return True
 
     def values(self) -> list[float]:
         """What was written last, per param group."""
@@ -121,6 +139,7 @@ class LearningRate(_GroupKnob):
         self.hold_decay = hold_decay
         self._products: list[float] = []
 
+    @override
     def bind(self, state: RunState) -> Array:
         found = super().bind(state)
         groups = state.optimizer.param_groups
@@ -137,19 +156,41 @@ class LearningRate(_GroupKnob):
         for group, rate in zip(groups[known:], self._written[known:], strict=True):
             self._products.append(rate * group.get("weight_decay", 0))
 
+    @override
     def put(self, state: RunState, value: float) -> None:
         super().put(state, value)
-        if not self.hold_decay:
-            return
-        groups = state.optimizer.param_groups
+        if self.hold_decay:
+            self._write_decay(state.optimizer.param_groups)
+
+    def follow(self, state: RunState, value: float) -> bool:
+        """Write a value if what was written last still stands: the path taken at every optimizer step of a single run.
+
+        Returns:
+            False, and nothing is written, where it does not stand.
+        """
+        written, groups = self._written, state.optimizer.param_groups
+        if len(groups) == 1 and groups[0]["lr"] is written[0] and not self.hold_decay:
+            groups[0]["lr"] = written[0] = value  # nearly every step of nearly every run
+            return True
+        for index, (group, last) in enumerate(zip(groups, written, strict=False)):
+            present = group["lr"]
+            if present is not last and not self._stands(index, present):
+                return False
+        if value != written[self._reference] or len(groups) != len(written):
+            self.put(state, value)
+        return True
+
+    def _write_decay(self, groups: list[dict[str, Any]]) -> None:
         self._hold(groups)
         for group, product, rate in zip(groups, self._products, self._written, strict=False):
             if product > 0 and rate > 0:  # at a rate of 0 nothing decays, whatever the coefficient
                 group["weight_decay"] = product / rate
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "products": list(self._products)}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._products = list(state["products"])

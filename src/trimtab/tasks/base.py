@@ -125,17 +125,11 @@ class Task:
             value = getattr(self, field)
             self._check(field, _is_number(value) and value >= 0, "a finite number of at least 0")
         betas = self.betas
-        is_pair = (
-            isinstance(betas, tuple) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
-        )
+        is_pair = isinstance(betas, tuple) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
         self._check("betas", is_pair, "two numbers in [0, 1)")
         clip = self.grad_clip
-        self._check(
-            "grad_clip", clip is None or (_is_number(clip) and clip > 0), "a finite number above 0, or None"
-        )
-        self._check(
-            "warmup_steps", self.warmup_steps == 0 or _is_count(self.warmup_steps), "0 or a whole number"
-        )
+        self._check("grad_clip", clip is None or (_is_number(clip) and clip > 0), "a finite number above 0, or None")
+        self._check("warmup_steps", self.warmup_steps == 0 or _is_count(self.warmup_steps), "0 or a whole number")
         needs_block = self.kind == "language-modelling"
         self._check(
             "block_size",

@@ -75,9 +75,7 @@ def find(source: Source, data_dir: Path | None, *patterns: str) -> list[Path]:
         if found:
             return found
     state = "" if data_dir.is_dir() else " (which is not a folder)"
-    raise MissingDataError(
-        f"no {source.dataset} data: looked for {wanted} in {data_dir}{state}. {source.how}"
-    )
+    raise MissingDataError(f"no {source.dataset} data: looked for {wanted} in {data_dir}{state}. {source.how}")
 
 
 def read_parquet(paths: Sequence[Path], dataset: str, columns: Sequence[str]) -> Any:
@@ -124,9 +122,7 @@ def decode_images(cells: Sequence[Any], dataset: str, size: tuple[int, int]) -> 
             with image.open(io.BytesIO(cell["bytes"])) as picture:
                 out[index] = np.asarray(picture.convert("L"))
         except (OSError, TypeError, KeyError, ValueError) as error:
-            raise InputError(
-                f"{dataset}: row {index} is no image of {size[0]} x {size[1]}: {error}"
-            ) from error
+            raise InputError(f"{dataset}: row {index} is no image of {size[0]} x {size[1]}: {error}") from error
     return out
 
 
@@ -167,9 +163,7 @@ def stratified_cuts(labels: npt.NDArray[Any], sizes: Sequence[int], name: str) -
         InputError: There are fewer rows than asked for.
     """
     if sum(sizes) > len(labels):
-        raise InputError(
-            f"{name}: {len(labels)} rows cannot be cut into parts of {', '.join(map(str, sizes))}"
-        )
+        raise InputError(f"{name}: {len(labels)} rows cannot be cut into parts of {', '.join(map(str, sizes))}")
     generator = numpy_generator(0, "split", name)
     place = np.empty(len(labels))
     for value in np.unique(labels):

@@ -89,9 +89,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # (B, H, T, C/H)
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H)
         p = self.attention_dropout.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
         out: Tensor = self.residual_dropout(self.projection(y.transpose(1, 2).reshape(B, T, C)))
@@ -129,9 +127,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         if config.n_embd % config.n_head:
-            raise InputError(
-                f"n_embd {config.n_embd} is no multiple of n_head {config.n_head}; change one of them"
-            )
+            raise InputError(f"n_embd {config.n_embd} is no multiple of n_head {config.n_head}; change one of them")
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions = nn.Embedding(config.block_size, config.n_embd)

@@ -74,9 +74,7 @@ def _load(data_dir: Path | None) -> Data:
     n_held = len(labels) // 5
     train, val, test = stratified_cuts(labels, (len(labels) - 2 * n_held, n_held, n_held), "titanic")
     if n_held == 0:
-        raise InputError(
-            f"{path} has {len(labels)} rows; expected at least 5, to be cut into train, val and test"
-        )
+        raise InputError(f"{path} has {len(labels)} rows; expected at least 5, to be cut into train, val and test")
     features = _features(columns, train)
     splits = [
         Split(torch.from_numpy(features[rows].astype(np.float32)), torch.from_numpy(labels[rows]))
@@ -97,9 +95,7 @@ def _read_csv(path: Path) -> Columns:
             reader = csv.DictReader(file)
             missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
-                raise InputError(
-                    f"{path} has no column {', '.join(missing)}; expected: {', '.join(_COLUMNS)}"
-                )
+                raise InputError(f"{path} has no column {', '.join(missing)}; expected: {', '.join(_COLUMNS)}")
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {error}; expected Kaggle's train.csv") from error
@@ -108,9 +104,7 @@ def _read_csv(path: Path) -> Columns:
 
 def _label(value: Any, path: Path) -> int:
     if str(value) not in ("0", "1"):
-        raise InputError(
-            f"{path}: Survived is {value!r} in a row; expected 0 or 1 in every row (train, not test)"
-        )
+        raise InputError(f"{path}: Survived is {value!r} in a row; expected 0 or 1 in every row (train, not test)")
     return int(value)
 
 
@@ -126,9 +120,7 @@ def _features(columns: Columns, train: Rows) -> Floats:
     blocks += _one_hot([str(value) for value in columns["Pclass"]], train, _sorted_values)
     ports = columns["Embarked"]
     common = _commonest([ports[row] for row in train if ports[row] is not None], 1)
-    blocks += _one_hot(
-        [port if port is not None else "".join(common) for port in ports], train, _sorted_values
-    )
+    blocks += _one_hot([port if port is not None else "".join(common) for port in ports], train, _sorted_values)
     titles = [_title(name) for name in columns["Name"]]
     kept = _commonest([titles[row] for row in train], _N_TITLES)
     blocks += [np.array([title == keep for title in titles], dtype=float) for keep in kept]

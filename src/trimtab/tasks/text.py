@@ -159,9 +159,7 @@ def _task(
 
 def _model(data: Data, *, preset: _Preset) -> nn.Module:
     layers, heads, width = preset.shape
-    return GPT(
-        GPTConfig(int(data.info["vocab_size"]), preset.block_size, layers, heads, width, preset.dropout)
-    )
+    return GPT(GPTConfig(int(data.info["vocab_size"]), preset.block_size, layers, heads, width, preset.dropout))
 
 
 def _load(
@@ -193,9 +191,7 @@ def _load_shakespeare(data_dir: Path | None) -> tuple[Tensor, int]:
 
 def _load_enwik8(data_dir: Path | None) -> tuple[Tensor, int]:
     raw = read_bytes(find(_ENWIK8, data_dir, "enwik8", "enwik8.zip")[0])
-    return _bytes_as_tokens(
-        raw
-    ), 256  # every byte, seen or not: nothing of val and test decides the vocabulary
+    return _bytes_as_tokens(raw), 256  # every byte, seen or not: nothing of val and test decides the vocabulary
 
 
 def _load_text8(data_dir: Path | None) -> tuple[Tensor, int]:

@@ -131,27 +131,16 @@ def _mnist_model(data: Data) -> nn.Module:
 
 def _load_mnist(data_dir: Path | None, *, sizes: tuple[int, int, int]) -> Data:
     if data_dir is None:
-        paths = hub.fetch(
-            _MNIST, "ylecun/mnist", {"train": "mnist/train-*.parquet", "test": "mnist/test-*.parquet"}
-        )
+        paths = hub.fetch(_MNIST, "ylecun/mnist", {"train": "mnist/train-*.parquet", "test": "mnist/test-*.parquet"})
     else:
-        paths = {
-            split: find(_MNIST, data_dir, f"{split}.parquet", f"{split}-*.parquet")
-            for split in ("train", "test")
-        }
+        paths = {split: find(_MNIST, data_dir, f"{split}.parquet", f"{split}-*.parquet") for split in ("train", "test")}
     table = read_parquet(paths["train"], "mnist", ("image", "label"))
     labels = np.asarray(table["label"].to_numpy())
     # The cut into 50,000 and 10,000 comes first, so that a smaller scale takes its parts from the same sides.
     held = len(labels) // 6
     pool, held_out = stratified_cuts(labels, (len(labels) - held, held), "mnist")
-    train = (
-        pool[stratified_cuts(labels[pool], (sizes[0],), "mnist train")[0]] if sizes[0] < len(pool) else pool
-    )
-    val = (
-        held_out[stratified_cuts(labels[held_out], (sizes[1],), "mnist val")[0]]
-        if sizes[1] < held
-        else held_out
-    )
+    train = pool[stratified_cuts(labels[pool], (sizes[0],), "mnist train")[0]] if sizes[0] < len(pool) else pool
+    val = held_out[stratified_cuts(labels[held_out], (sizes[1],), "mnist val")[0]] if sizes[1] < held else held_out
     test_table = read_parquet(paths["test"], "mnist", ("image", "label"))
     test_labels = np.asarray(test_table["label"].to_numpy())
     test = stratified_cuts(test_labels, (min(sizes[2], len(test_labels)),), "mnist test")[0]

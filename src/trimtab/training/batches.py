@@ -17,9 +17,7 @@ from trimtab.tasks.base import Split
 
 __all__ = ["Batches", "EpochBatches", "WindowBatches", "fixed_batches", "fixed_windows"]
 
-EVAL_BATCH = (
-    128  # samples; larger ones cost convolutions up to twice the time (caches), smaller ones cost MLPs
-)
+EVAL_BATCH = 128  # samples; larger ones cost convolutions up to twice the time (caches), smaller ones cost MLPs
 
 
 class Batches(Protocol):
@@ -55,9 +53,7 @@ class EpochBatches:
         self._generator = generator
         self._n = len(split.inputs)
         if self._n < batch_size:
-            raise InputError(
-                f"batch_size {batch_size} is more than the {self._n} train samples; make it smaller"
-            )
+            raise InputError(f"batch_size {batch_size} is more than the {self._n} train samples; make it smaller")
         self.epoch_samples = float(self._n // batch_size * batch_size)
         self._order = torch.empty(0, dtype=torch.int64)
         self._position = self._n  # the first order is drawn with the first batch
@@ -67,9 +63,7 @@ class EpochBatches:
         end = self._position + self._batch_size
         if end > self._n:
             order = torch.randperm(self._n, generator=self._generator)
-            self._order = order.to(
-                self._split.inputs.device, non_blocking=True
-            )  # else it waits for the device
+            self._order = order.to(self._split.inputs.device, non_blocking=True)  # else it waits for the device
             end = self._batch_size
         rows = self._order[end - self._batch_size : end]
         self._position = end
@@ -90,9 +84,7 @@ class EpochBatches:
             InputError: The order is not one of this split.
         """
         if len(state["order"]) not in (0, self._n):
-            raise InputError(
-                f"the state holds an order of {len(state['order'])} samples, the train split {self._n}"
-            )
+            raise InputError(f"the state holds an order of {len(state['order'])} samples, the train split {self._n}")
         self._order = state["order"].to(self._split.inputs.device, copy=True)
         self._position = state["position"]
         self._generator.set_state(state["generator"])
@@ -140,9 +132,7 @@ def fixed_batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         yield split.inputs[low : low + EVAL_BATCH], split.targets[low : low + EVAL_BATCH]
 
 
-def fixed_windows(
-    tokens: Tensor, block_size: int, batch_size: int, n_batches: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def fixed_windows(tokens: Tensor, block_size: int, batch_size: int, n_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The same windows at every call, spread evenly over the text.
 
     Even places need no seed and tell more than drawn ones: they overlap only where the text is too short for

@@ -56,9 +56,7 @@ class TrainingLoop:
         UnknownNameError: No such precision.
     """
 
-    def __init__(
-        self, task: Task, data: Data, *, seed: int, device: str = "cpu", precision: str = "float32"
-    ) -> None:
+    def __init__(self, task: Task, data: Data, *, seed: int, device: str = "cpu", precision: str = "float32") -> None:
         self.task = task
         self.device = _find_device(device)
         self.precision = _choose_precision(precision, self.device)
@@ -110,16 +108,16 @@ class TrainingLoop:
         Returns:
             Mean loss of its micro-batches, 0-dim, detached, on the device; nothing waits for the device.
         """
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for parameter in parameters:
-            parameter.grad = None
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
         if any(getattr(module, name) > 0 for module, name in self._dropout_places):
             with scoped_global_rng(self._dropout_states, self.device):
                 loss = self._gradients()
         else:
             loss = self._gradients()
         if self.task.grad_clip is not None:
-            clip_grad_norm_(parameters, self.task.grad_clip)
+            clip_grad_norm_(self.model.parameters(), self.task.grad_clip)
         self.optimizer.step()
         self.steps_done += 1
         self.samples_seen += self.task.batch_size * self.task.accumulation
@@ -226,9 +224,7 @@ class TrainingLoop:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise InputError(
-                f"the state does not fit the model of task {self.task.name!r}: {error}"
-            ) from error
+            raise InputError(f"the state does not fit the model of task {self.task.name!r}: {error}") from error
         self._batches.load_state_dict(state["batches"])
         self._dropout_states = state["dropout"]
         self.steps_done = state["steps_done"]
@@ -250,9 +246,7 @@ def make_optimizer(task: Task, model: nn.Module, *, is_fused: bool = False) -> t
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fused = True if is_fused else None
     if task.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, task.lr, task.momentum, weight_decay=task.weight_decay, fused=fused
-        )
+        return torch.optim.SGD(parameters, task.lr, task.momentum, weight_decay=task.weight_decay, fused=fused)
     if task.optimizer == "adam":
         return torch.optim.Adam(parameters, task.lr, task.betas, weight_decay=task.weight_decay, fused=fused)
     groups = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -16,11 +17,11 @@ LEVEL = {  # final test loss that an arm's runs scatter around
     "exponential": 0.23,
     "cosine": 0.20,
     "default-cosine": 0.19,
-    "tuned-cosine": 0.10,
     "uwhg": 0.12,
     "q_learning": 0.21,
     "placebo:q_learning": 0.30,
     "yoked:q_learning": 0.22,
+    "tuned-cosine": 0.10,
 }
 KIND = {"uwhg": "rule", "q_learning": "learned", "placebo:q_learning": "placebo", "yoked:q_learning": "yoked"}
 TIMES = ("total_train_time", "controller_time", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second",
@@ -58,6 +59,8 @@ class Synthetic:
             "left_out": [{"task": "enwik8-gpt", "why": "its file was not found"}],
             "arms": [self._arm(arm) for arm in arms],
             "sensitivity_lrs": list(self.sensitivity_lrs),
+            "sensitivity_seeds": min(self.n_seeds, 3),
+            "support": [],
             "tuning": {"arm": "tuned-cosine", "lrs": [1e-3, 1e-2, 1e-1], "n_seeds": 3,
                        "chosen": dict.fromkeys(self.tasks, 1e-2)} if self.tuned else None,
             "benchmark_tasks": list(self.benchmark),
@@ -71,17 +74,13 @@ class Synthetic:
                 for seed in range(self.n_seeds):
                     self._run(out, arm, task, dataset, "report", seed, self._rate(arm))
                 for rate in self.sensitivity_lrs:
-                    if rate != self._rate(arm) and not arm.startswith(("placebo", "yoked")):
+                    if rate != self._rate(arm) and not arm.startswith(("placebo", "yoked", "tuned", "default")):
                         for seed in range(min(self.n_seeds, 3)):
                             self._run(out, arm, task, dataset, "sensitivity", seed, rate)
-            if self.tuned:
-                for rate in (1e-3, 1e-2, 1e-1):
-                    for seed in (100, 101, 102):
-                        self._run(out, "tuned-cosine", task, dataset, "tuning", seed, rate)
-        for task, dataset in self.benchmark.items():
-            for arm in arms:
-                for seed in range(self.n_seeds):
-                    self._run(out, arm, task, dataset, "benchmark", seed, self._rate(arm))
+            for rate, seed in itertools.product((1e-3, 1e-2, 1e-1), (100, 101, 102)) if self.tuned else ():
+                self._run(out, "tuned-cosine", task, dataset, "tuning", seed, rate)
+        for (task, dataset), arm, seed in itertools.product(self.benchmark.items(), arms, range(self.n_seeds)):
+            self._run(out, arm, task, dataset, "benchmark", seed, self._rate(arm))
         return out
 
     def _rate(self, arm: str) -> float:
@@ -111,7 +110,7 @@ class Synthetic:
             {"schema": 1, "study": "synthetic", "arm": arm, "task": task, "dataset": dataset, "role": role,
              "seed": seed, "initial_lr": rate, "total_steps": self.total_steps, "agent": arm, "options": {}},
         )  # fmt: skip
-        series, decisions = self._series(twin, rate, level, rng, arm in self.kind)
+        series, decisions = self._series(twin, rate, level, rng, twin in self.kind)
         write_lines(folder / "series.jsonl", series)
         write_lines(folder / "decisions.jsonl", decisions)
         write_json(folder / "result.json", self._result(arm, level, series, decisions))
@@ -123,23 +122,23 @@ class Synthetic:
         for index, step in enumerate(range(0, self.total_steps + 1, self.eval_every)):
             share = step / self.total_steps
             loss = level + (2.3 - level) * math.exp(-6 * share) + 0.01 * float(rng.normal()) * (1 - share)
-            series.append(
-                {"optimizer_step": step, "epoch": step / 45, "progress": share, "train_loss": 0.7 * loss,
-                 "val_loss": loss, "accuracy": 1 - loss / 3, "reward": 0.1 * math.exp(-6 * share) if decides else None,
-                 "signals": {"progress": share}, "knobs": {"lr": lr}}
-            )  # fmt: skip
-            if decides and step < self.total_steps:
+            if decides and 0 < step < self.total_steps:
                 before = lr
                 guard = arm == "q_learning" and index == 12
                 factor = 0.2 if guard else float(rng.choice([1.1, 0.9, 1.0]))
                 lr = before * factor
                 decisions.append(
-                    {"index": index, "optimizer_step": step, "knob": "lr", "source": "guard" if guard else "agent",
-                     "action": None if guard else 1.0, "before": before, "asked": lr, "written": lr,
-                     "read_back": lr, "note": "rolled back" if guard else ""}
+                    {"index": len(decisions), "optimizer_step": step, "knob": "lr",
+                     "source": "guard" if guard else "agent", "action": None if guard else 1.0, "before": before,
+                     "asked": lr, "setting": lr, "written": lr, "read_back": lr, "note": "rolled back" if guard else ""}
                 )  # fmt: skip
             elif not decides:
                 lr = rate if arm == "constant" else rate * (0.5 * (1 + math.cos(math.pi * share)) + 1e-3)
+            series.append(
+                {"optimizer_step": step, "epoch": step / 45, "progress": share, "train_loss": 0.7 * loss,
+                 "val_loss": loss, "accuracy": 1 - loss / 3, "reward": 0.1 * math.exp(-6 * share) if decides else None,
+                 "signals": {"progress": share}, "knobs": {"lr": lr}}
+            )  # fmt: skip
         return series, decisions
 
     def _result(

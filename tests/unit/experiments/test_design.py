@@ -55,11 +55,11 @@ def test_defaults(tmp_path):
 
 
 def test_an_arm_written_out(tmp_path):
-    text = GOOD + ("reward: negative_loss\nlearn_runs: 4\n").replace("", "")
+    text = GOOD + "reward: negative_loss\nlearn_runs: 4\n"
     text = text.replace(
         "arms: [constant, q_learning]",
-        "arms:\n  - {id: fast, agent: q_learning, base: cosine, options: {epsilon: 0.2}, lr: {digits-mlp: 0.01},"
-        " reward: improvement, learn_runs: 0}\n  - placebo:fast\n  - yoked:fast",
+        "arms:\n  - {id: fast, agent: q_learning, base: cosine, options: {epsilon: 0.2},"
+        " lr: {digits-mlp: 0.01}, reward: improvement, learn_runs: 0}\n  - placebo:fast\n  - yoked:fast",
     )
     fast, placebo, yoked = load_study(write(tmp_path, text)).arms
     assert (fast.agent, fast.kind, fast.base, fast.options) == (
@@ -99,9 +99,7 @@ def test_a_scale_overrides_and_all_scales_are_checked(tmp_path):
     assert load_study(write(tmp_path, text), scale="smoke").n_seeds == 2
     assert load_study(write(tmp_path, text), scale="small").n_seeds == 5
     bad = GOOD + "scales: {full: {n_seeds: many}}\n"
-    with pytest.raises(
-        InputError, match=r"mine.yaml: scales.full.n_seeds: got 'many', expected a whole number"
-    ):
+    with pytest.raises(InputError, match=r"mine.yaml: scales.full.n_seeds: got 'many', expected a whole number"):
         load_study(write(tmp_path, bad), scale="smoke")
 
 
@@ -158,7 +156,7 @@ def test_the_tuned_arm_is_there_only_where_it_is_asked_for(tmp_path):
         ("optimizer: adamm", "mine.yaml: optimizer: got 'adamm', expected 'sgd', 'adam' or 'adamw'"),
         (
             "tuning: {arm: cosine, lrs: [0.1], n_seeds: 1}",
-            "mine.yaml: tuning.lrs: got (0.1,), expected at least 2 entries",
+            "mine.yaml: tuning.lrs: got [0.1], expected at least 2 entries",
         ),
         (
             "tuning: {arm: cosine, lr: [0.1, 1], n_seeds: 1}",
@@ -324,9 +322,7 @@ def test_the_transformer_study_is_what_was_promised():
 def test_names_of_studies(tmp_path):
     with pytest.raises(UnknownNameError, match="unknown study 'demmo'; did you mean 'demo'"):
         load_study("demmo")
-    with pytest.raises(
-        InputError, match=r"there is no study file .*nowhere.yaml; give a YAML file, or one of: demo"
-    ):
+    with pytest.raises(InputError, match=r"there is no study file .*nowhere.yaml; give a YAML file, or one of: demo"):
         load_study(tmp_path / "nowhere.yaml")
     with pytest.raises(InputError, match=r"cannot read the study file .*: Is a directory"):
         read_yaml(tmp_path)

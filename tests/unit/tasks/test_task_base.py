@@ -1,6 +1,7 @@
 """Task: what it refuses, what `replace` does, the three losses, and every registered task at every scale."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def make_task(**changes):
         ({"accumulation": True}, "task 't': accumulation is True; expected a whole number of at least 1"),
         ({"total_steps": 2.5}, "task 't': total_steps is 2.5; expected a whole number of at least 1"),
         ({"weight_decay": -1.0}, "task 't': weight_decay is -1.0; expected a finite number of at least 0"),
-        ({"betas": (0.9, 1.0)}, r"task 't': betas is \(0.9, 1.0\); expected two numbers in \[0, 1\)"),
+        ({"betas": (0.9, 1.0)}, "task 't': betas is (0.9, 1.0); expected two numbers in [0, 1)"),
         ({"grad_clip": 0.0}, "task 't': grad_clip is 0.0; expected a finite number above 0, or None"),
         ({"warmup_steps": -1}, "task 't': warmup_steps is -1; expected 0 or a whole number"),
         (
@@ -44,11 +45,11 @@ def make_task(**changes):
             "task 't': block_size is None; expected a whole number of at least 1",
         ),
         ({"kind": "clasification"}, "unknown kind of task 'clasification'; did you mean 'classification'?"),
-        ({"optimizer": "adamW"}, "unknown optimizer 'adamW'; did you mean 'adamw'? known: adam, adamw, sgd"),
+        ({"optimizer": "sdg"}, "unknown optimizer 'sdg'; did you mean 'sgd'? known: adam, adamw, sgd"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(changes, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=re.escape(message)):
         make_task(**changes)
 
 
@@ -60,9 +61,7 @@ def test_replace_changes_the_named_fields_alone():
 
 
 def test_replace_refuses_unknown_fields_and_wrong_values():
-    with pytest.raises(
-        UnknownNameError, match=r"unknown field of a task 'learning_rate'; did you mean 'lr'\?"
-    ):
+    with pytest.raises(UnknownNameError, match=r"unknown field of a task 'learning_rate'; did you mean 'lr'\?"):
         make_task().replace(learning_rate=0.1)
     with pytest.raises(InputError, match="lr is -1"):
         make_task().replace(lr=-1)
@@ -85,13 +84,8 @@ def test_every_task_has_three_scales_and_refuses_others(name):
     tasks = [make(scale) for scale in ("smoke", "small", "full")]
     assert [task.name for task in tasks] == [name] * 3
     assert tasks[0].total_steps < tasks[1].total_steps <= tasks[2].total_steps
-    assert all(
-        task.total_steps >= 4 * task.eval_every and task.warmup_steps < task.total_steps for task in tasks
-    )
-    assert (
-        make() == make("small")
-        or make().replace(load=tasks[1].load, make_model=tasks[1].make_model) == tasks[1]
-    )
+    assert all(task.total_steps >= 4 * task.eval_every and task.warmup_steps < task.total_steps for task in tasks)
+    assert make() == make("small") or make().replace(load=tasks[1].load, make_model=tasks[1].make_model) == tasks[1]
     with pytest.raises(
         UnknownNameError, match=r"unknown scale 'smal'; did you mean 'small'\? known: full, small, smoke"
     ):

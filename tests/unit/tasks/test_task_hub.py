@@ -46,9 +46,7 @@ def test_what_was_fetched_lies_in_the_cache_and_is_not_fetched_again(cache, monk
     assert found == {"train": [snapshot / "train-0.parquet"], "test": [snapshot / "test-0.parquet"]}
     monkeypatch.setattr(hub, "_CHILD", "raise SystemExit('asked twice')")
     assert hub.fetch(SOURCE, "us/things", PATTERNS) == found
-    assert files_below(cache.parent) == [
-        str(path[0].relative_to(cache.parent)) for path in sorted(found.values())
-    ]
+    assert files_below(cache.parent) == [str(path[0].relative_to(cache.parent)) for path in sorted(found.values())]
 
 
 def test_a_hub_that_hangs_is_left_alone_in_time_and_leaves_nothing(cache, monkeypatch):
@@ -81,9 +79,7 @@ def test_an_unfinished_copy_in_the_cache_is_named_and_kept(cache, monkeypatch):
     place.mkdir(parents=True)
     (place / "half").touch()
     monkeypatch.setattr(hub, "_CHILD", WHOLE)
-    with pytest.raises(
-        MissingDataError, match="datasets--us--things is there but not whole; remove it or finish it"
-    ):
+    with pytest.raises(MissingDataError, match="datasets--us--things is there but not whole; remove it or finish it"):
         hub.fetch(SOURCE, "us/things", PATTERNS)
     assert files_below(cache.parent) == ["cache/datasets--us--things/half"]
 

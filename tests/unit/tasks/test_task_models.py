@@ -31,9 +31,7 @@ def closed_form(c: GPTConfig) -> int:
     return c.vocab_size * width + c.n_layer * (2 * norm + attention + feed_forward) + norm
 
 
-@pytest.mark.parametrize(
-    "config", [TINY, GPTConfig(65, 64, 4, 4, 128), GPTConfig(7, 5, 3, 1, 12, 0.1, bias=True)]
-)
+@pytest.mark.parametrize("config", [TINY, GPTConfig(65, 64, 4, 4, 128), GPTConfig(7, 5, 3, 1, 12, 0.1, bias=True)])
 def test_gpt_has_as_many_parameters_as_the_closed_form_says(config):
     model = GPT(config)
     assert model.n_parameters() == closed_form(config)

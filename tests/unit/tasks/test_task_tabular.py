@@ -14,20 +14,29 @@ from trimtab.tasks.tabular import titanic_fcnn
 
 REAL = os.environ.get("TRIMTAB_DATA")
 TITLES = ("Mr", "Mr", "Mr", "Miss", "Mrs", "Master", "Dr")
-COLUMNS = ["PassengerId", "Survived", "Pclass", "Name", "Sex", "Age", "SibSp", "Parch", "Ticket", "Fare", "Cabin",
-           "Embarked"]  # fmt: skip
+COLUMNS = ["PassengerId", "Survived", "Pclass", "Name", "Sex", "Age"]
+COLUMNS += ["SibSp", "Parch", "Ticket", "Fare", "Cabin", "Embarked"]
+
+
+def passenger(i):
+    return {
+        "PassengerId": i,
+        "Survived": i % 2,
+        "Pclass": 1 + i % 3,
+        "Name": f"N{i}, {TITLES[i % 7]}. X",
+        "Sex": ("male", "female")[i % 2],
+        "Age": None if i % 10 == 0 else float(20 + i % 30),
+        "SibSp": i % 4,
+        "Parch": i % 3,
+        "Ticket": "T",
+        "Fare": float(i),
+        "Cabin": "C1" if i % 5 == 0 else None,
+        "Embarked": None if i == 17 else "CQS"[i % 3],
+    }
 
 
 def passengers(count=100):
-    rows = []
-    for i in range(count):
-        rows.append({
-            "PassengerId": i, "Survived": i % 2, "Pclass": 1 + i % 3, "Name": f"N{i}, {TITLES[i % 7]}. X",
-            "Sex": ("male", "female")[i % 2], "Age": None if i % 10 == 0 else float(20 + i % 30), "SibSp": i % 4,
-            "Parch": i % 3, "Ticket": "T", "Fare": float(i), "Cabin": "C1" if i % 5 == 0 else None,
-            "Embarked": None if i == 17 else "CQS"[i % 3],
-        })  # fmt: skip
-    return rows
+    return [passenger(i) for i in range(count)]
 
 
 def write_csv(folder: Path, rows) -> Path:
@@ -122,16 +131,12 @@ def test_wrong_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="has 4 rows; expected at least 5"):
         titanic_fcnn().load(write_csv(tmp_path, passengers(4)))
     (tmp_path / "titanic" / "train.csv").write_text("Survived,Age\n1,2\n")
-    with pytest.raises(
-        InputError, match="has no column SibSp, Parch, Fare, Pclass, Name, Sex, Cabin, Embarked"
-    ):
+    with pytest.raises(InputError, match="has no column SibSp, Parch, Fare, Pclass, Name, Sex, Cabin, Embarked"):
         titanic_fcnn().load(tmp_path)
 
 
 def test_without_a_data_directory_the_error_says_how_to_get_it():
-    with pytest.raises(
-        MissingDataError, match="titanic/train.parquet or titanic/train.csv. Kaggle gives it after"
-    ):
+    with pytest.raises(MissingDataError, match=r"titanic/train\.parquet or titanic/train\.csv\. Kaggle gives it after"):
         titanic_fcnn().load(None)
 
 

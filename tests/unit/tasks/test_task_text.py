@@ -72,7 +72,7 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path):
         enwik8_gpt("smoke").load(write(tmp_path, "enwik8/enwik8", b"x" * 600))
     with pytest.raises(InputError, match="enwik8: 0 tokens are too few"):
         enwik8_gpt("smoke").load(write(tmp_path, "enwik8/enwik8", b""))
-    with pytest.raises(InputError, match="input.txt: .*; expected text in UTF-8"):
+    with pytest.raises(InputError, match=r"input\.txt: .*; expected text in UTF-8"):
         shakespeare_gpt("smoke").load(write(tmp_path, "shakespeare_char/input.txt", b"\xff\xfe" * 900))
 
 

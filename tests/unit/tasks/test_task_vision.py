@@ -30,9 +30,7 @@ def write_mnist(folder: Path, n_train: int, n_test: int, size: int = 28) -> None
             buffer = io.BytesIO()
             image.fromarray(pixels).save(buffer, "PNG")
             cells.append({"bytes": buffer.getvalue(), "path": None})
-        parquet.write_table(
-            arrow.table({"image": cells, "label": labels}), folder / f"{name}-00000-of-00001.parquet"
-        )
+        parquet.write_table(arrow.table({"image": cells, "label": labels}), folder / f"{name}-00000-of-00001.parquet")
 
 
 @pytest.mark.parametrize(("make", "shape"), [(digits_mlp, (64,)), (digits_cnn, (1, 8, 8))])
@@ -78,9 +76,7 @@ def test_a_torn_parquet_file_is_one_error(tmp_path):
     write_mnist(tmp_path / "mnist", 1200, 210)
     path = tmp_path / "mnist" / "train-00000-of-00001.parquet"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(
-        InputError, match=r"cannot read .*train-00000-of-00001.parquet: .*; expected a Parquet file"
-    ):
+    with pytest.raises(InputError, match=r"cannot read .*train-00000-of-00001.parquet: .*; expected a Parquet file"):
         mnist_cnn("smoke").load(tmp_path)
 
 
@@ -96,9 +92,7 @@ def test_a_missing_column_is_named(tmp_path):
 
 def test_with_a_data_directory_the_hub_is_not_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "_CHILD", "raise SystemExit('asked')")
-    with pytest.raises(
-        MissingDataError, match=r"looked for mnist/train.parquet or mnist/train-\*.parquet in"
-    ):
+    with pytest.raises(MissingDataError, match=r"looked for mnist/train.parquet or mnist/train-\*.parquet in"):
         mnist_cnn().load(tmp_path)
 
 

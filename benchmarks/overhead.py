@@ -1,0 +1,146 @@
+"""What RLScheduler costs: whole training loops with it, with torch's CosineAnnealingLR, and with no scheduler.
+
+    python benchmarks/overhead.py [--task digits-mlp] [--pairs 30] [--data-dir DIR] [--out FILE.json]
+
+Everything counts: hooks, loss accumulation, gradient statistics, snapshots, signals, a decision every 10 optimizer
+steps, writing and reading back; the decisions are counted. The three loops start from the same state and are run in
+turn, in an order that changes from round to round, so that the machine's drift meets them alike. CPU seconds of the
+process on one thread; the figure is the median over rounds of (with - without) / without, with its quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import trimtab
+from trimtab import registry
+from trimtab.agents.base import Timing
+from trimtab.spec import ControlSpec, make_agent
+from trimtab.training.loop import TrainingLoop
+
+# Steps of one timed loop: about half a second of digits-mlp, three of the GPT.
+STEPS = {"digits-mlp": 1000, "shakespeare-gpt": 40}
+GOALS = {"digits-mlp": 0.03, "shakespeare-gpt": 0.01}
+EVERY = 10
+
+
+def make_scheduler(kind: str, optimizer: torch.optim.Optimizer, steps: int):
+    """The scheduler under test, or None."""
+    if kind == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if kind == "trimtab":
+        agent = make_agent("uwhg")
+        brain = trimtab.Brain(agent, ControlSpec.for_agent(agent, timing=Timing(every=EVERY)))
+        return trimtab.RLScheduler(optimizer, total_steps=steps, brain=brain)
+    return None
+
+
+def run(task, data, kind: str, steps: int) -> tuple[float, int]:
+    """CPU seconds of one loop of `steps` optimizer steps, and the decisions taken in it."""
+    loop = TrainingLoop(task, data, seed=0)
+    scheduler = make_scheduler(kind, loop.optimizer, steps)
+    for _ in range(3):
+        loop.step()  # optimizer state and allocator are warm before the clock starts
+    started = time.process_time()
+    if kind == "trimtab":
+        for _ in range(steps):
+            scheduler.step(loop.step())
+    elif kind == "cosine":
+        for _ in range(steps):
+            loop.step()
+            scheduler.step()
+    else:
+        for _ in range(steps):
+            loop.step()
+    seconds = time.process_time() - started
+    return seconds, len(scheduler.decisions) if kind == "trimtab" else 0
+
+
+def stand_in_text(folder: Path) -> Path:
+    """A text for the GPT where no data directory is given: its cost does not depend on what the letters say."""
+    text = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(200_000))
+    (folder / "shakespeare_char").mkdir()
+    (folder / "shakespeare_char" / "input.txt").write_text(text)
+    return folder
+
+
+def measure(name: str, pairs: int, data_dir: Path | None) -> dict:
+    """Run the three loops `pairs` times in turn."""
+    task = registry.load("task", name)("small")
+    data = task.load(data_dir)
+    steps = STEPS[name]
+    kinds = ["plain", "cosine", "trimtab"]
+    seconds = {kind: [] for kind in kinds}
+    decisions = 0
+    for kind in kinds:
+        run(task, data, kind, min(steps, 50))
+    for turn in range(pairs):
+        for kind in kinds[turn % 3 :] + kinds[: turn % 3]:
+            spent, count = run(task, data, kind, steps)
+            seconds[kind].append(spent)
+            decisions += count
+        print(f"{name}: round {turn + 1} of {pairs}", end="\r", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    plain = seconds["plain"]
+    result = {
+        "task": name,
+        "steps_a_loop": steps,
+        "rounds": pairs,
+        "decisions": decisions,
+        "decisions_a_loop": decisions / pairs,
+        "plain_us_a_step": statistics.median(plain) / steps * 1e6,
+        "goal_share": GOALS[name],
+    }
+    for kind in ("cosine", "trimtab"):
+        shares = [(with_it - without) / without for with_it, without in zip(seconds[kind], plain, strict=True)]
+        low, middle, high = statistics.quantiles(shares, n=4)
+        result[kind] = {
+            "share_median": middle,
+            "share_quartiles": [low, high],
+            "share_of_totals": sum(seconds[kind]) / sum(plain) - 1,
+            "us_a_step": middle * result["plain_us_a_step"],
+        }
+    return result
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=sorted(STEPS), action="append", help="default: both")
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "overhead.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    for name in arguments.task or sorted(STEPS):
+        with tempfile.TemporaryDirectory() as folder:
+            data_dir = arguments.data_dir
+            if name == "shakespeare-gpt" and data_dir is None:
+                data_dir = stand_in_text(Path(folder))
+            results.append(measure(name, arguments.pairs, data_dir))
+        row = results[-1]
+        for kind in ("cosine", "trimtab"):
+            low, high = row[kind]["share_quartiles"]
+            print(
+                f"{name:16s} {kind:8s} {row[kind]['share_median']:+7.2%} of a step of {row['plain_us_a_step']:.0f} us "
+                f"(quartiles {low:+.2%} to {high:+.2%}), {row[kind]['us_a_step']:.1f} us a step"
+            )
+        print(f"{name:16s} {row['decisions']} decisions in {row['rounds']} loops of {row['steps_a_loop']} steps")
+    machine = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "threads": 1}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

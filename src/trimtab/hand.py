@@ -1,0 +1,204 @@
+"""Hand: what a controller moves its knobs with. It writes, reads back, records, and notices another writer.
+
+Called by the controller. A knob's setting is what agent and guard decide on; what is written is the setting times
+the factor of the base schedule at this step, for the learning rate, and the setting itself for every other knob.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from trimtab.errors import ConflictError
+from trimtab.knobs.optimizer import LearningRate
+from trimtab.records import Decision
+from trimtab.run_state import RunState
+from trimtab.safety import Gate
+from trimtab.spec import ControlSpec
+from trimtab.writers import find_writers
+
+__all__ = ["Hand"]
+
+
+class Hand:
+    """The knobs of one run, and the settings they are at.
+
+    Args:
+        spec: Names the knobs and the base schedule.
+        state: The run; its settings are kept up to date.
+        gate: When and how far an agent may move.
+        start: Setting of the rate to begin with, by the optimizer's class name; None keeps the one found.
+
+    Attributes:
+        decisions: Everything that was done to a knob.
+        settings: Setting of every knob, before the base schedule.
+
+    Raises:
+        InputError: A knob cannot act on this run.
+    """
+
+    def __init__(self, spec: ControlSpec, state: RunState, gate: Gate, start: float | None) -> None:
+        self._spec = spec
+        self._state = state
+        self._gate = gate
+        self._schedule = spec.make_schedule()
+        self._varies = spec.base.name != "constant"
+        self._schedule(0, state.total_steps)  # a schedule that needs a horizon says so now
+        self._knobs = spec.make_knobs()
+        self._rate = next((column for column, knob in enumerate(self._knobs) if knob.name == "lr"), None)
+        found = None if self._rate is None else self._knobs[self._rate]
+        self._rate_knob = found if isinstance(found, LearningRate) else None
+        self.decisions: list[Decision] = []
+        self.settings = [float(knob.bind(state)[0]) for knob in self._knobs]
+        if start is not None and self._rate is not None:
+            self.settings[self._rate] = start
+        self._last_change: int | None = None
+        for column, knob in enumerate(self._knobs):
+            self._note(column)
+            state.to_unit[knob.name] = knob.to_unit
+            state.initial_settings[knob.name] = state.settings[knob.name]
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether the learning rate is among the knobs."""
+        return self._rate is not None
+
+    def read(self) -> dict[str, float]:
+        """Present value of each knob, read from where it acts; may wait for a device."""
+        return {knob.name: knob.get(self._state) for knob in self._knobs}
+
+    def act(self, action: npt.NDArray[Any], index: int, step: int, *, is_placebo: bool) -> None:
+        """Write what the gate and the bounds grant of an action; a placebo's action is recorded, not written.
+
+        Args:
+            action: One number per knob; (R, K).
+            index: Number of the decision.
+            step: Optimizer steps taken.
+            is_placebo: See above.
+        """
+        asked = self._spec.decode_one(action, self.settings)
+        has_changed = False
+        for column, knob in enumerate(self._knobs):
+            present = self.settings[column]
+            granted, note = self._gate.limit(asked[column], present, index, self._last_change)
+            if granted != present and not knob.low <= granted <= knob.high:
+                granted, note = min(max(granted, knob.low), knob.high), f"bounds [{knob.low:g}, {knob.high:g}]"
+            if is_placebo:
+                granted, note = present, "placebo: decided, not written"
+            has_changed |= granted != present
+            self._set(column, granted, index, step, "agent", float(action[0, column]), asked[column], note)
+        if has_changed:
+            self._last_change = index
+
+    def cut_rate(self, cut: float, reason: str, index: int, step: int) -> str:
+        """Divide the rate after a roll-back; returns the note that was recorded."""
+        column = self._rate
+        if column is None:
+            column, granted, done = 0, self.settings[0], "there is no rate among the knobs to cut"
+        else:
+            granted, done = self.settings[column] / cut, f"rate / {cut:g}"
+        note = f"{reason}: rolled back to the start of the interval, {done}"
+        if self._state.model is None:
+            note += "; buffers were not rolled back, give model=... for that"
+        self._set(column, granted, index, step, "guard", None, granted, note)
+        return note
+
+    def give_up(self, note: str, index: int, step: int) -> None:
+        """A rate of 0 keeps the weights whatever the loop goes on doing; without a rate it is only recorded."""
+        column = self._rate or 0
+        granted = 0.0 if self.has_rate else self.settings[0]
+        self._set(column, granted, index, step, "gave_up", None, granted, note)
+
+    def _set(
+        self,
+        column: int,
+        setting: float,
+        index: int,
+        step: int,
+        source: str,
+        action: float | None,
+        asked: float,
+        note: str,
+    ) -> None:
+        """Make a setting act, read it back from there, and record all of it."""
+        knob, state = self._knobs[column], self._state
+        before = knob.get(state)
+        if setting != self.settings[column]:
+            self.settings[column] = setting
+            self._note(column)
+        written = setting * self._factor(column, step)
+        knob.put(state, written)
+        read_back = knob.get(state)
+        self.decisions.append(
+            Decision(index, step, knob.name, source, action, before, asked, setting, written, read_back, note)
+        )
+
+    def follow_base(self, step: int) -> bool:
+        """Write the base schedule's rate for the coming step: the path taken at every optimizer step.
+
+        Returns:
+            False, and nothing is written, where the last rate does not stand any more.
+        """
+        rate = self._rate_knob
+        if rate is None:
+            return True
+        setting = self.settings[self._rate or 0]
+        if self._varies:
+            setting *= self._schedule(step, self._state.total_steps)
+        return rate.follow(self._state, setting)
+
+    def write_all(self, step: int) -> None:
+        """Write every knob anew: at the start, and after a state was loaded."""
+        for column, knob in enumerate(self._knobs):
+            knob.put(self._state, self.settings[column] * self._factor(column, step))
+
+    def _factor(self, column: int, step: int) -> float:
+        return self._schedule(step, self._state.total_steps) if column == self._rate else 1.0
+
+    def _note(self, column: int) -> None:
+        self._state.settings[self._knobs[column].name] = self.settings[column]
+
+    def find_conflict(self, owner: object) -> tuple[str, str] | None:
+        """The knob that somebody else wrote, and what was found; None where all still hold what was written."""
+        for knob in self._knobs:
+            found = knob.find_conflict(self._state)
+            if found is not None:
+                writers = find_writers(self._state.optimizer, but=owner) if knob.name == "lr" else []
+                by = f", probably by {' and '.join(writers)}" if writers else ""
+                return knob.name, f"{found}: somebody else writes it{by}"
+        return None
+
+    def yield_to(self, knob: str, found: str, index: int, step: int, on_conflict: str) -> None:
+        """Refuse to go on beside another writer, or hand the value back and record that.
+
+        Raises:
+            ConflictError: `on_conflict` is "error".
+        """
+        if on_conflict == "error":
+            raise ConflictError(
+                f"{found}; a decision counts only if nobody overwrites it. Remove the other writer, or give "
+                "on_conflict='warn' to hand the value back and end control"
+            )
+        warnings.warn(f"{found}; control of {knob!r} has ended", RuntimeWarning, stacklevel=5)
+        value = self.read()[knob]
+        self.decisions.append(Decision(index, step, knob, "conflict", None, value, value, value, value, value, found))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, what each knob remembers, and the decisions, as plain numbers and lists."""
+        return {
+            "settings": list(self.settings),
+            "last_change": self._last_change,
+            "knobs": {knob.name: knob.state_dict() for knob in self._knobs},
+            "decisions": [decision.to_json() for decision in self.decisions],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`; `write_all` makes it act."""
+        self.settings = list(state["settings"])
+        self._last_change = state["last_change"]
+        for knob in self._knobs:
+            knob.load_state_dict(state["knobs"][knob.name])
+        self.decisions = [Decision.from_json(row) for row in state["decisions"]]
