@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 
 from trimtab.agents.base import Agent, Array, Timing
 from trimtab.brain import Brain
-from trimtab.errors import InputError, unknown_name
+from trimtab.errors import InputError, unknown_name, warn
 from trimtab.gradients import GradientProbe
 from trimtab.hand import Hand
 from trimtab.records import Decision
@@ -383,11 +382,7 @@ class Controller:
     def _beyond(self) -> None:
         if self.status == "over" and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
-                f"step() was called more often than total_steps={self.state.total_steps}; the last rate is held",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warn(f"step() was called more often than total_steps={self.state.total_steps}; the last rate is held")
 
     # ---- small things -------------------------------------------------------------------------------------------
 
@@ -412,6 +407,8 @@ class Controller:
             timing: Timing = self.spec.timing
             self._next = timing.next_decision(self._index, self._t, self.state.total_steps, self._epoch_steps)
             self._probe.aim(self._next - self._t)
+        else:
+            self._probe.rest()
 
     @torch.no_grad()
     def _keep_best(self) -> None:

@@ -16,6 +16,8 @@ The command line maps InputError to exit code 2 and every other TrimtabError to 
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "TrimtabError",
     "UnknownNameError",
     "unknown_name",
+    "warn",
 ]
 
 
@@ -89,3 +92,11 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameEr
     near = near or difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return UnknownNameError(f"unknown {kind} {given!r}{hint} known: {', '.join(names) or 'none'}")
+
+
+def warn(message: str) -> None:
+    """Give a RuntimeWarning that points at the line of the user's code which called into trimtab."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("trimtab"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -48,6 +48,7 @@ class GradientProbe:
         self._measured: list[Row] = []
         self._left = 0  # steps of this interval that will still be taken, the coming one included
         self._is_single = False
+        self._found_inf: Tensor | int = 0
         self.is_frozen = False
         # Steps seen, and how many there may be before the next look: all that is touched at every step.
         count = self._count = [0, 0]
@@ -60,12 +61,16 @@ class GradientProbe:
                 probe = me()
                 if probe is not None:
                     probe._look()
+            if "found_inf" in vars(_optimizer):  # only a fused optimizer under a gradient scaler has it
+                probe = me()
+                if probe is not None:
+                    probe._found_inf = probe._found_inf + (_optimizer.__dict__["found_inf"].detach().reshape(()) > 0)
 
         self._handle = optimizer.register_step_pre_hook(hook)
 
     @property
     def n_steps(self) -> int:
-        """Optimizer steps seen (a gradient scaler that skips a step never gets here)."""
+        """Optimizer steps seen; a gradient scaler that skips one never gets here, but see `count_found_inf`."""
         return self._count[0]
 
     def close(self) -> None:
@@ -94,6 +99,11 @@ class GradientProbe:
         self._is_single = n_steps == 1  # a decision at every step: each is measured, and copied for the next
         self._wait((n_steps - 2) % MEASURE_EVERY if n_steps > 1 else 0)
 
+    def rest(self) -> None:
+        """Look no more: no decision will come. A frozen probe goes on keeping the weights."""
+        if not self.is_frozen:
+            self._count[1] = 1 << 62  # a number of steps that is never reached
+
     def _wait(self, n_steps: int) -> None:
         """Let so many steps pass before the next look."""
         self._left -= n_steps
@@ -107,7 +117,12 @@ class GradientProbe:
         left = self._left
         self._left -= 1
         groups = self._optimizer.param_groups
-        parameters = [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
+        parameters = [
+            parameter
+            for group in groups
+            for parameter in group["params"]
+            if parameter.grad is not None and not parameter.grad.is_sparse
+        ]
         if parameters and left > 0:
             if self._before_count == self._count[0] - 1:
                 self._measure(parameters)
@@ -125,6 +140,7 @@ class GradientProbe:
             view.copy_to(self._rows[0])
         else:
             self._before = [parameter.detach().clone() for parameter in parameters]
+        self._kept = parameters
         self._before_count = self._count[0]
 
     def _measure(self, parameters: list[Tensor]) -> None:
@@ -132,7 +148,7 @@ class GradientProbe:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         view = self._view
         if view is not None:
-            if view.shows(parameters) and all([gradient.is_cpu and not gradient.is_sparse for gradient in gradients]):
+            if view.shows(parameters) and all([gradient.is_cpu for gradient in gradients]):
                 update, weights, gradient = self._rows
                 view.copy_to(weights)
                 np.concatenate([tensor.detach().numpy().reshape(-1) for tensor in gradients], out=gradient)
@@ -141,12 +157,11 @@ class GradientProbe:
                     row = measure_rows(update, weights, gradient)
                 self._measured.append(self._unscale(row))
             return
-        pairs = [(p.detach(), p.grad) for p in parameters if p.grad is not None and not p.grad.is_sparse]
-        now = [weight for weight, _ in pairs]
-        if pairs and [old.shape for old in self._before] == [weight.shape for weight in now]:
+        now = [parameter.detach() for parameter in parameters]
+        if [old.shape for old in self._before] == [weight.shape for weight in now]:
             updates = torch._foreach_sub(self._before, now)
             self._measured.append(
-                self._unscale(measure_each(updates, now, [gradient.detach() for _, gradient in pairs]))
+                self._unscale(measure_each(updates, now, [gradient.detach() for gradient in gradients]))
             )
 
     def _unscale(self, row: Row) -> Row:
@@ -189,7 +204,11 @@ class GradientProbe:
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on in the middle of an interval."""
         has_copy = self._before_count == self._count[0]
+        everything = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        places = {id(parameter): place for place, parameter in enumerate(everything)}
         return {
+            "of": [places[id(parameter)] for parameter in self._kept] if has_copy else [],
+            "found_inf": self.count_found_inf(),
             "before": [tensor.clone() for tensor in self._before] if has_copy and self._view is None else [],
             "row": torch.from_numpy(self._rows[0].copy()) if has_copy and self._view is not None else None,
             "before_count": self._before_count if has_copy else -1,
@@ -219,6 +238,7 @@ class GradientProbe:
         device = parameters[0].device
         self._measured = [kept if isinstance(kept, list) else kept.to(device, copy=True) for kept in state["measured"]]
         self._left = state["left"]
+        self._found_inf = state["found_inf"]
         self._is_single = state["is_single"]
         self.is_frozen = state["is_frozen"]
         self._count[:] = state["count"]  # the hook holds the list itself

@@ -6,13 +6,12 @@ the factor of the base schedule at this step, for the learning rate, and the set
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy.typing as npt
 
-from trimtab.errors import ConflictError
+from trimtab.errors import ConflictError, warn
 from trimtab.knobs.optimizer import LearningRate
 from trimtab.records import Decision
 from trimtab.run_state import RunState
@@ -182,7 +181,7 @@ class Hand:
                 f"{found}; a decision counts only if nobody overwrites it. Remove the other writer, or give "
                 "on_conflict='warn' to hand the value back and end control"
             )
-        warnings.warn(f"{found}; control of {knob!r} has ended", RuntimeWarning, stacklevel=5)
+        warn(f"{found}; control of {knob!r} has ended")
         value = self.read()[knob]
         self.decisions.append(Decision(index, step, knob, "conflict", None, value, value, value, value, value, found))
 

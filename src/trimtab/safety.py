@@ -7,6 +7,7 @@ loss of runs that were started above a rate of 0.1.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from trimtab.errors import InputError, unknown_name
 from trimtab.flat import FlatView, Floats
 from trimtab.run_state import RunState, Value
 
-__all__ = ["Gate", "Guard", "Safety", "Snapshot", "Verdict"]
+__all__ = ["GOOD", "Gate", "Guard", "Safety", "Snapshot", "Verdict", "log_noise"]
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,10 @@ class Snapshot:
         parameters, state = self._parameters(), self._optimizer.state
         self._counts = (len(parameters), len(self._buffers()))
         self._layout = [
-            {key: _TENSOR if isinstance(value, Tensor) else [value] for key, value in state.get(parameter, {}).items()}
+            {
+                key: _TENSOR if isinstance(value, Tensor) else [copy.deepcopy(value)]
+                for key, value in state.get(parameter, {}).items()
+            }
             for parameter in parameters
         ]
         self._has_values = any(kind != _TENSOR for entry in self._layout for kind in entry.values())
@@ -318,7 +322,9 @@ class Snapshot:
             present = state.pop(parameter, {})
             if layout:
                 state[parameter] = {
-                    key: _put_back(present.get(key), next(tensors), key, parameter) if kind == _TENSOR else kind[0]
+                    key: _put_back(present.get(key), next(tensors), key, parameter)
+                    if kind == _TENSOR
+                    else copy.deepcopy(kind[0])  # L-BFGS keeps lists, which it changes in place
                     for key, kind in layout.items()
                 }
         for parameter in parameters[n_parameters:]:
@@ -329,7 +335,7 @@ class Snapshot:
         return {
             "tensors": [tensor.clone() for tensor in self._tensors],
             "counts": list(self._counts),
-            "layout": [dict(entry) for entry in self._layout],
+            "layout": [copy.deepcopy(entry) for entry in self._layout],
             "is_taken": self.is_taken,
         }
 

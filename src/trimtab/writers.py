@@ -20,7 +20,8 @@ def find_writers(optimizer: Optimizer, *, but: object = None) -> list[str]:
 
     Args:
         optimizer: Whose writers are looked for.
-        but: A controller that asks: it, and the scheduler around it, are left out.
+        but: A controller that asks: it, and the scheduler around it, are left out. So are controllers whose control
+            has ended: they write nothing any more.
     """
     if _holders(optimizer, but):  # not kept in a name: that would hold alive what is looked for
         gc.collect()  # one that its owner has let go may only wait for the collector
@@ -29,14 +30,18 @@ def find_writers(optimizer: Optimizer, *, but: object = None) -> list[str]:
 
 def _holders(optimizer: Optimizer, but: object) -> list[Any]:
     holders = []
-    for item in gc.get_objects():
-        kind = type(item)
-        if issubclass(kind, LRScheduler):
-            owned, controller = vars(item).get("optimizer"), vars(item).get("_controller")
-        elif kind.__name__ == "Controller" and kind.__module__ == "trimtab.controller":
-            owned, controller = getattr(vars(item).get("state"), "optimizer", None), item
-        else:
+    everything = gc.get_objects()
+    kinds = {kind for kind in set(map(type, everything)) if issubclass(kind, LRScheduler) or _is_controller(kind)}
+    for item in everything if kinds else ():
+        if type(item) not in kinds:
             continue
-        if owned is optimizer and (but is None or controller is not but):
+        controller = item if _is_controller(type(item)) else vars(item).get("_controller")
+        holder = vars(item) if controller is None else vars(vars(controller).get("state", item))
+        has_ended = controller is not None and vars(controller).get("status", "running") != "running"
+        if holder.get("optimizer") is optimizer and not has_ended and (but is None or controller is not but):
             holders.append(item)
     return holders
+
+
+def _is_controller(kind: type) -> bool:
+    return kind.__name__ == "Controller" and kind.__module__ == "trimtab.controller"

@@ -206,12 +206,12 @@ def test_a_rate_that_somebody_else_wrote_is_found_at_the_next_step() -> None:
         controller.step(loss)
 
 
-def test_a_tensor_rate_that_somebody_else_wrote_is_found_at_the_next_decision() -> None:
+@pytest.mark.parametrize("base", ["constant", "cosine"])
+def test_a_tensor_rate_that_somebody_else_wrote_is_found_at_the_next_step(base: str) -> None:
     toy = Toy(lr=torch.tensor(0.1))
-    controller = Controller(Recorder(every=5), optimizer=toy.optimizer, total_steps=20)
+    agent = QLearning(every=5, base=base, epsilon=0.0)
+    controller = Controller(agent, optimizer=toy.optimizer, total_steps=20)
     toy.optimizer.param_groups[0]["lr"].fill_(0.2)
-    for _ in range(4):
-        controller.step(toy.step())
     loss = toy.step()
     with pytest.raises(ConflictError, match="has lr=0.2 where 0.1 was written"):
         controller.step(loss)
@@ -425,12 +425,14 @@ def test_giving_up_without_a_model_keeps_the_last_good_interval() -> None:
     assert controller.status == "gave_up"
     assert "kept the weights of the last good interval" in controller.decisions[-1].note
     assert torch.equal(toy.weights(), kept)
-    assert bool(agent.transitions[-1][4][0]), "giving up ends the episode"
+    assert agent.transitions[-1][2].tolist() == [controller.spec.penalty]
 
 
 def test_a_good_interval_between_starts_the_count_anew() -> None:
     toy = Toy(poison={7, 17, 27, 37})
-    controller = Controller("constant", optimizer=toy.optimizer, total_steps=50, every=5, safety=Safety(max_rollbacks=1))
+    controller = Controller(
+        "constant", optimizer=toy.optimizer, total_steps=50, every=5, safety=Safety(max_rollbacks=1)
+    )
     for _ in range(50):
         controller.step(toy.step())
     assert controller.n_rollbacks == 4
@@ -463,13 +465,14 @@ def test_without_roll_back_nothing_is_ever_copied() -> None:
     assert torch.isnan(toy.weights()).any()
 
 
+@pytest.mark.usefixtures("unwatched")
 def test_noisy_losses_of_single_rows_do_not_end_a_run() -> None:
     """Batches of one: the first loss may be far below all that follow, without anything having gone wrong.
 
     The guard may take that for a divergence, but each roll-back shows it another loss of good weights.
     """
     n_rollbacks = []
-    for seed in range(30):
+    for seed in range(16):
         generator = torch.Generator().manual_seed(seed)
         weight = torch.zeros(3, requires_grad=True)
         optimizer = torch.optim.SGD([weight], lr=1e-3)
@@ -484,8 +487,8 @@ def test_noisy_losses_of_single_rows_do_not_end_a_run() -> None:
             controller.step(loss)
         n_rollbacks.append(controller.n_rollbacks)
         assert controller.status == "over"
-    assert max(n_rollbacks) <= 5
-    assert sum(n_rollbacks) / 30 < 1, n_rollbacks
+    assert max(n_rollbacks) <= 3
+    assert sum(n_rollbacks) <= 8, n_rollbacks
 
 
 # ---- intervals, epochs, the end -------------------------------------------------------------------------------------
@@ -537,16 +540,15 @@ def test_beyond_the_budget_the_last_rate_is_held_and_said_once() -> None:
     assert controller.status == "over"
 
 
+@pytest.mark.usefixtures("unwatched")
 def test_when_control_is_over_the_optimizers_steps_are_no_longer_measured() -> None:
     for n_steps in range(2, 12):
         toy, controller = controlled(Recorder(every=3), n_steps)
-        steps = controller._probe.step
-        before = [tensor.clone() for tensor in controller._probe._before]
-        for _ in range(3):
+        looks = []
+        controller._probe._look = lambda looks=looks: looks.append(1)
+        for _ in range(25):
             toy.step()
-        assert controller._probe.step == steps
-        assert len(before) == len(controller._probe._before)
-        assert all(torch.equal(a, b) for a, b in zip(before, controller._probe._before, strict=True)), n_steps
+        assert looks == [], n_steps
 
 
 # ---- best state -----------------------------------------------------------------------------------------------------
@@ -674,6 +676,7 @@ def test_a_brain_keeps_its_spec() -> None:
 # ---- state ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unwatched")
 def test_a_state_of_something_else_is_refused_and_changes_nothing() -> None:
     toy, controller = controlled("constant", 20)
     other = Controller("uwhg", optimizer=Toy().optimizer, total_steps=20)
@@ -706,7 +709,10 @@ def test_a_random_agent_with_two_knobs_moves_each_by_itself() -> None:
     pairs = {(row.index, row.knob): row.action for row in controller.decisions}
     assert len(pairs) == 22
     assert any(pairs[index, "lr"] != pairs[index, "weight_decay"] for index in range(11))
-    assert controller.read_knobs() == {"lr": toy.rates[0], "weight_decay": toy.optimizer.param_groups[0]["weight_decay"]}
+    assert controller.read_knobs() == {
+        "lr": toy.rates[0],
+        "weight_decay": toy.optimizer.param_groups[0]["weight_decay"],
+    }
 
 
 def test_an_agent_that_moves_fewer_knobs_than_there_are_is_refused_before_training() -> None:

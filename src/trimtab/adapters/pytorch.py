@@ -70,8 +70,10 @@ class RLScheduler(LRScheduler):
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise InputError(f"seed is {seed!r}; expected a whole number of 0 or more")
-        if rollback not in (True, False, "cpu"):
+        if not isinstance(rollback, bool) and rollback != "cpu":
             raise InputError(f"rollback is {rollback!r}; expected True, False or 'cpu'")
+        if not isinstance(brain, (str, Path, Brain)):
+            raise InputError(f"brain is a {type(brain).__name__}; expected 'default', a folder, or a trimtab.Brain")
         self._source = brain if isinstance(brain, str) else repr(brain)
         if brain == "default" and total_steps is None:
             brain = "default-open"  # no end is known, so nothing may decay towards one

@@ -28,7 +28,7 @@ class UWHG(Agent):
     decision 0:      nothing, it only measures
     decisions 1..6:  log10 s += clip(target - x, -2, 2),        x = log10(mean |u| / |theta|) + 2.5
     afterwards:      log10 s += gain * clip(4 c - bias, -1, 1),  c = mean cos(g_t, u_(t-1))
-    rate written:    s * base(progress)
+    rate written:    s * base(progress);  where x or c was not measured, s stays
 
     Args:
         target: Set point of x; 0.45 means updates of 0.9 % of the weights.
@@ -99,7 +99,8 @@ class UWHG(Agent):
         return np.array(moves), ([count + 1 for count in taken],)
 
     def _move(self, ratio: float, cosine: float, taken: int) -> float:
-        if taken == 0:
+        # A signal is exactly 0 where nothing was measured (every step skipped by a gradient scaler, gradients sparse).
+        if taken == 0 or (ratio if taken <= N_FIRST else cosine) == 0.0:
             return 0.0
         if taken <= N_FIRST:
             return min(max(self._target - ratio, -2.0), 2.0)

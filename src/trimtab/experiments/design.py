@@ -46,6 +46,7 @@ class Arm:
         lr: Initial rate by task; None leaves it to the task, or to the agent (default-cosine).
         reward: Registered name of the reward; None where nothing is rewarded or the agent's own holds.
         learn_runs: Runs that the arm learns on before each run that counts.
+        knobs: Names of the knobs that it moves.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Arm:
     lr: Mapping[str, float | None]
     reward: str | None
     learn_runs: int
+    knobs: tuple[str, ...] = ("lr",)
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ class _Resolver:
         self._where = where
         self._specs = {spec.id: spec for spec in file.arms}
         self._agents = registry.names("agent")
+        self._known_knobs = registry.names("knob")
         self._tuned_id = f"tuned-{file.tuning.arm}" if file.tuning else None
         if len(self._specs) < len(file.arms):
             ids = [spec.id for spec in file.arms]
@@ -259,7 +262,22 @@ class _Resolver:
             learn_runs=(self._file.learn_runs if spec.learn_runs is None else spec.learn_runs)
             if kind == "learned"
             else 0,
+            knobs=self._knobs(spec, kind),
         )
+
+    def _knobs(self, spec: ArmSpec, kind: str) -> tuple[str, ...]:
+        if spec.knobs is None:
+            return ("lr",)
+        if kind != "learned":
+            raise InputError(f"arm {spec.id!r}: knobs are for learned arms; this is a {kind} and moves the rate alone")
+        for name in spec.knobs:
+            if name not in self._known_knobs:
+                raise unknown_name(f"knob of arm {spec.id!r}", name, self._known_knobs)
+        if "lr" not in spec.knobs or len(set(spec.knobs)) != len(spec.knobs):
+            raise InputError(
+                f"arm {spec.id!r}: knobs are {list(spec.knobs)}; expected different names, 'lr' among them"
+            )
+        return spec.knobs
 
     def _unknown(self, spec: ArmSpec, agent: str) -> None:
         if spec.agent is not None:

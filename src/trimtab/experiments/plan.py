@@ -54,6 +54,7 @@ class Job:
     weight_decay: float | None
     optimizer: str | None
     learn_runs: int
+    knobs: tuple[str, ...]
     placebo: bool
     replay_from: str | None
     device: str
@@ -226,6 +227,7 @@ def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | No
         root_seed=study.root_seed,
         initial_lr=lr,
         learn_runs=arm.learn_runs,
+        knobs=arm.knobs,
         placebo=arm.kind == "placebo",
         replay_from=None,
         directory=f"runs/{task}/{arm.id}/{role}/lr-{rate}/seed-{seed}",
@@ -234,7 +236,7 @@ def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | No
 
 
 def _arm_json(arm: Arm) -> dict[str, Any]:
-    return {**asdict(arm), "options": dict(arm.options), "lr": dict(arm.lr)}
+    return {**asdict(arm), "options": dict(arm.options), "lr": dict(arm.lr), "knobs": list(arm.knobs)}
 
 
 def _as_asked(key: str, value: Any) -> Any:

@@ -212,6 +212,8 @@ def _runs(out: Path, arms: Sequence[str], tasks: tuple[str, ...]) -> tuple[list[
             run.initial_lr or 0.0 if run.role in _MANY_RATES else 0.0,  # elsewhere one run a seed
             run.seed,
         )
+        if run.role == "support" and run.arm not in arm_order:
+            continue  # run only to be replayed by a yoked twin; no table shows it
         if run.arm not in arm_order or run.task not in task_order:
             problems.append(f"{run.path} belongs to no arm and task of the plan ({run.arm} on {run.task})")
         elif key in found:
@@ -251,7 +253,7 @@ def _run(path: Path, name: str) -> Run:
 def _initial_lr(header: Mapping[str, Any]) -> float | None:
     """The rate as planned; where the plan left it to the task or the agent, the one the run started from."""
     left_open = "initial_lr" in (header.get("job") or {}) and header["job"]["initial_lr"] is None
-    rate = header.get("start_lr") if left_open else header.get("initial_lr")
+    rate = (header.get("start") or {}).get("lr") if left_open else header.get("initial_lr")
     return None if rate is None else float(rate)
 
 

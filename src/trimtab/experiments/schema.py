@@ -132,7 +132,8 @@ class _Strict(BaseModel):
 class ArmSpec(_Strict):
     """An arm as written in a study file; a bare name stands for `{id: name}`.
 
-    `agent` is the arm's id where it is not given; `lr`, `reward` and `learn_runs` are the study's.
+    `agent` is the arm's id where it is not given; `lr`, `reward` and `learn_runs` are the study's. `knobs` are what
+    a learned arm moves together; `[lr]` where they are not given.
     """
 
     id: Annotated[str, Field(pattern=rf"^((placebo|yoked):)?{_NAME}$")]
@@ -143,6 +144,7 @@ class ArmSpec(_Strict):
     lr: _Rate | None = None
     reward: _Text | None = None
     learn_runs: _Natural | None = None
+    knobs: tuple[_Text, ...] | None = None
 
 
 class TuningSpec(_Strict):

@@ -130,11 +130,11 @@ def _make_agent(job: Job, task: Task) -> Agent:
     if job["agent"] in ("cosine", "default-cosine"):
         options = _cosine_of(task, options)
     seed = derive_seed(job["root_seed"], "exploration", job["task"], job["seed"])
-    return make_agent(job["agent"], options, seed=seed)
+    return make_agent(job["agent"], options, seed=seed, n_knobs=len(job["knobs"]))
 
 
 def _make_spec(job: Job, task: Task, agent: Agent) -> ControlSpec:
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"knobs": tuple(job["knobs"])}
     if job["reward"] is not None:
         changes["reward"] = job["reward"]
     if job["base"] is not None:
@@ -155,14 +155,14 @@ def _replay(job: Job, out: Path) -> tuple[Agent, ControlSpec, float]:
         raise InputError(f"{job['arm']} replays {job['replay_from']}, which did not come to its end")
     header = partner.header()
     spec = ControlSpec.from_json(header["spec"])
-    start = float(header["start_lr"])
-    settings: list[list[float]] = []
+    start = header["start"]
+    settings = [[start[knob] for knob in spec.knobs]]
     for row in read_lines(partner.decisions):
-        while len(settings) <= row["index"]:
-            settings.append(list(settings[-1]) if settings else [start])
-        settings[row["index"]][0] = row["setting"]
-    agent = Replay(settings or [[start]], spec.timing, spec.base)
-    return agent, ControlSpec.for_agent(agent, reward=spec.reward), start
+        while len(settings) <= row["index"] + 1:
+            settings.append(list(settings[-1]))
+        settings[row["index"] + 1][spec.knobs.index(row["knob"])] = row["setting"]
+    agent = Replay(settings[1:] or settings, spec.timing, spec.base)
+    return agent, ControlSpec.for_agent(agent, reward=spec.reward, knobs=spec.knobs), float(start["lr"])
 
 
 class _Run:
@@ -230,13 +230,12 @@ class _Run:
 
     def _begin(self, spec: ControlSpec) -> None:
         job = self.job
-        start_lr = float(self.controller.state.initial_settings["lr"])
         self.folder.start({
             "schema": 1,
             **{key: job[key] for key in ("study", "arm", "task", "role", "seed", "agent", "kind", "of", "options")},
             "dataset": self.task.dataset,
             "initial_lr": self.task.lr if job["initial_lr"] is None else job["initial_lr"],
-            "start_lr": start_lr,
+            "start": {name: float(value) for name, value in self.controller.state.initial_settings.items()},
             "total_steps": self.loop.total_steps,
             "job": dict(job),
             "spec": self.controller.spec.to_json(),

@@ -7,6 +7,7 @@ a positive one (the reference), and every other group moves with it.
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +22,15 @@ __all__ = ["LearningRate", "WeightDecay"]
 
 # A float32 tensor keeps 24 bits of what was written: anything further off was written by somebody else.
 _TENSOR_TOLERANCE = 1e-6
+
+
+def _setting(value: Any, what: str) -> float:
+    is_one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
+    number = float(value) if is_one and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number < 0:
+        shown = number if is_one else value
+        raise InputError(f"{what} {shown!r}; expected a finite number of 0 or more")
+    return number
 
 
 class _GroupKnob(Knob):
@@ -44,10 +54,7 @@ class _GroupKnob(Knob):
                     f"{type(state.optimizer).__name__} has no {self.key!r} in its param groups: "
                     f"the knob {self.name!r} cannot act on it; leave it out"
                 )
-            value = float(group[self.key])
-            if not math.isfinite(value) or value < 0:
-                raise InputError(f"param group {index} has {self.key} {value!r}; expected a finite number of 0 or more")
-            initial.append(value)
+            initial.append(_setting(group[self.key], f"param group {index} has {self.key}"))
         positive = [index for index, value in enumerate(initial) if value > 0]
         if not positive:
             raise InputError(
@@ -81,7 +88,7 @@ class _GroupKnob(Knob):
         """Take in groups added since: each keeps, from now on, the ratio to the reference that it came with."""
         reference_now = self._written[self._reference]
         for group in groups[len(self._initial) :]:
-            value = float(group[self.key])
+            value = _setting(group[self.key], f"the param group that was added has {self.key}")
             scale = self._initial[self._reference] / reference_now if reference_now > 0 else 1.0
             self._initial.append(value * scale)
             self._written.append(value)

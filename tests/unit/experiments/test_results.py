@@ -256,7 +256,7 @@ def test_a_rate_that_the_plan_leaves_open_is_read_from_the_run(copy):
     write_json(copy / "study.json", plan)
     for seed in range(5):
         header = run_of(copy, "default-cosine", seed) / "run.json"
-        change(header, start_lr=0.02, job={"initial_lr": None})
+        change(header, start={"lr": 0.02}, job={"initial_lr": None})
     assert row(collect(copy), "default-cosine")["initial_lr"] == 0.02
 
 

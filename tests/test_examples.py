@@ -1,0 +1,25 @@
+"""Every example runs, with a tiny budget, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, EXAMPLES / name, *arguments], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_own_loop_says_what_was_decided():
+    lines = run("own_loop.py", "--steps", "60").splitlines()
+    assert len([line for line in lines if line.startswith("step ")]) == 8
+    assert lines[-1].startswith("accuracy after 60 steps from a rate of 1e-5: fixed 0.")
+
+
+def test_every_example_is_tested():
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == ["own_loop.py"]
