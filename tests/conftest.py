@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import threading
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # results to the bit, and two cores are shared by several workers
+# What draws random numbers when it is first imported: scikit-learn, and torch's compiler with the first optimizer.
+importlib.import_module("sklearn.datasets")
+torch.optim.SGD([torch.zeros(1)], 0.1)
 
 
 @pytest.fixture(autouse=True)

@@ -65,6 +65,12 @@ def _log10(value: Value) -> Value:
         return np.asarray(np.where(value > 0, np.log10(value), np.nan))
 
 
+def _worst_if_nan(loss: Value) -> Value:
+    if isinstance(loss, float):
+        return loss if loss == loss else math.inf
+    return np.asarray(np.where(np.isnan(loss), np.inf, loss))
+
+
 def _unit(state: RunState, knob: str) -> Value:
     return np.asarray(state.to_unit[knob](np.atleast_1d(state.settings[knob])))
 
@@ -96,4 +102,5 @@ lr_unit = Signal(lambda s: _unit(s, "lr"), 0.0, 1.0)
 # weight decay on the unit interval of its bounds (log scale)
 weight_decay_unit = Signal(lambda s: _unit(s, "weight_decay"), 0.0, 1.0)
 # raw: validation loss, or the interval's train loss where there is none; for rules that compare losses themselves
-watched_loss = Signal(RunState.watched_loss, -1e30, 1e30)
+# (NaN is the worst, so that a run that has diverged is never taken for one with a loss of 0)
+watched_loss = Signal(lambda s: _worst_if_nan(s.watched_loss()), -1e30, 1e30)

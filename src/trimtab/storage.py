@@ -8,6 +8,7 @@ can run code, and one rename replaces it.
     RUN/series.jsonl     one line an interval: losses, signals, knobs as read back
     RUN/decisions.jsonl  one line a decision (records.Decision)
     RUN/checkpoint/state.safetensors   only while the run is under way
+    RUN/brain/           what a learned arm had learned by the end
     RUN/result.json      what came out; it exists only when the run is over (last)
 """
 

@@ -128,7 +128,7 @@ def test_wsd_equals_its_closed_form(warmup_share: float, decay_share: float, min
 
 @pytest.mark.parametrize(
     ("factor", "patience", "threshold", "cooldown"),
-    [(0.5, 10, 1e-4, 0), (0.5, 0, 1e-4, 0), (0.7, 3, 0.05, 5), (0.9, 2, 0.0, 1), (0.1, 20, 1e-2, 40)],
+    [(0.5, 10, 1e-4, 0), (0.97, 0, 1e-4, 0), (0.7, 3, 0.05, 5), (0.9, 2, 0.0, 1), (0.1, 20, 1e-2, 40)],
 )
 def test_plateau_equals_reduce_lr_on_plateau(factor: float, patience: int, threshold: float, cooldown: int) -> None:
     """The same losses, one a decision; noise around a falling line, with flats and steps back."""

@@ -47,6 +47,7 @@ class Arm:
         reward: Registered name of the reward; None where nothing is rewarded or the agent's own holds.
         learn_runs: Runs that the arm learns on before each run that counts.
         knobs: Names of the knobs that it moves.
+        brain: Folder of the brain that it goes on from, or None.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Arm:
     reward: str | None
     learn_runs: int
     knobs: tuple[str, ...] = ("lr",)
+    brain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,17 @@ class _Resolver:
             if kind == "learned"
             else 0,
             knobs=self._knobs(spec, kind),
+            brain=self._brain(spec, kind),
         )
+
+    def _brain(self, spec: ArmSpec, kind: str) -> str | None:
+        if spec.brain is None:
+            return None
+        if kind != "learned" or spec.options:
+            raise InputError(
+                f"arm {spec.id!r}: brain is for learned arms, and brings the agent's options; leave one out"
+            )
+        return str(Path(spec.brain).expanduser().resolve())
 
     def _knobs(self, spec: ArmSpec, kind: str) -> tuple[str, ...]:
         if spec.knobs is None:

@@ -55,6 +55,7 @@ class Job:
     optimizer: str | None
     learn_runs: int
     knobs: tuple[str, ...]
+    brain: str | None
     placebo: bool
     replay_from: str | None
     device: str
@@ -228,6 +229,7 @@ def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | No
         initial_lr=lr,
         learn_runs=arm.learn_runs,
         knobs=arm.knobs,
+        brain=arm.brain,
         placebo=arm.kind == "placebo",
         replay_from=None,
         directory=f"runs/{task}/{arm.id}/{role}/lr-{rate}/seed-{seed}",

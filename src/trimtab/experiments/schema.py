@@ -133,7 +133,8 @@ class ArmSpec(_Strict):
     """An arm as written in a study file; a bare name stands for `{id: name}`.
 
     `agent` is the arm's id where it is not given; `lr`, `reward` and `learn_runs` are the study's. `knobs` are what
-    a learned arm moves together; `[lr]` where they are not given.
+    a learned arm moves together; `[lr]` where they are not given. `brain` is the folder of one saved before, from
+    which a learned arm goes on; it brings the agent's options.
     """
 
     id: Annotated[str, Field(pattern=rf"^((placebo|yoked):)?{_NAME}$")]
@@ -145,6 +146,7 @@ class ArmSpec(_Strict):
     reward: _Text | None = None
     learn_runs: _Natural | None = None
     knobs: tuple[_Text, ...] | None = None
+    brain: _Text | None = None
 
 
 class TuningSpec(_Strict):

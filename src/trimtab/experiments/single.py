@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+import trimtab
 from trimtab import registry
 from trimtab.agents.base import Agent, Base, Timing
 from trimtab.agents.scripted import Replay
+from trimtab.brain import Brain
 from trimtab.controller import Controller
 from trimtab.errors import InputError
 from trimtab.safety import Safety
@@ -130,6 +132,12 @@ def _make_agent(job: Job, task: Task) -> Agent:
     if job["agent"] in ("cosine", "default-cosine"):
         options = _cosine_of(task, options)
     seed = derive_seed(job["root_seed"], "exploration", job["task"], job["seed"])
+    if job["brain"] is not None:
+        agent = Brain.load(job["brain"]).agent
+        if agent.name != job["agent"]:
+            raise InputError(f"the brain in {job['brain']} is of the agent {agent.name!r}; say agent: {agent.name}")
+        agent.reseed(seed)
+        return agent
     return make_agent(job["agent"], options, seed=seed, n_knobs=len(job["knobs"]))
 
 
@@ -145,7 +153,10 @@ def _make_spec(job: Job, task: Task, agent: Agent) -> ControlSpec:
         changes["timing"] = Timing(every=job["every"])
     elif agent.needs.timing.every is not None and "every" not in job["options"]:
         changes["timing"] = Timing(every=task.eval_every)
-    return replace(ControlSpec.for_agent(agent), **changes)
+    spec = replace(ControlSpec.for_agent(agent), **changes)
+    if job["brain"] is not None:
+        Brain.load(job["brain"]).check_spec(spec)
+    return spec
 
 
 def _replay(job: Job, out: Path) -> tuple[Agent, ControlSpec, float]:
@@ -333,6 +344,8 @@ class _Run:
             "epoch": loop.epoch,
             "optimizer_steps": loop.steps_done,
         }
+        if controller.agent.is_learned and not self.job["placebo"]:
+            self._save_brain()
         notes = [decision.note for decision in controller.decisions if decision.source in ("guard", "gave_up")]
         if not math.isfinite(test["loss"]):
             notes.append("diverged: the test loss is not finite")
@@ -357,6 +370,23 @@ class _Run:
             "notes": notes,
             "brain": controller.spec.fingerprint,
         }
+
+    def _save_brain(self) -> None:
+        """Keep what was learned, so that later runs, here or behind RLScheduler, can go on from it."""
+        job, learning = self.job, self.learning
+        provenance = {
+            "study": job["study"],
+            "arm": job["arm"],
+            "task": job["task"],
+            "root_seed": job["root_seed"],
+            "seed": job["seed"],
+            "from": job["brain"],
+            "runs": learning["runs"] + 1,
+            "optimizer_steps": learning["optimizer_steps"] + self.loop.steps_done,
+            "trimtab": trimtab.__version__,
+            "torch": torch.__version__,
+        }
+        Brain(self.controller.agent, self.controller.spec, provenance).save(self.folder.path / "brain")
 
     def _inference_speed(self) -> float | None:
         """Tokens a second when one text is continued, token by token; None for tasks without text."""
