@@ -1,7 +1,7 @@
 """Brain: a saved agent with the spec it was trained on and where it came from.
 
 Called by the controller, the command line and users. On disk it is a folder of two files, neither of which can run
-code: `brain.json` (agent, options, spec, provenance, and a list of every tensor with shape, dtype and a checksum)
+code: `brain.json` (agent, options, spec, provenance, a list of every tensor with shape and dtype, checksums)
 and `weights.safetensors`. Everything is checked before anything is allocated.
 """
 
@@ -41,6 +41,7 @@ _KEYS = {
     "tensors",
     "sha256",
     "provenance",
+    "checksum",
 }
 _MAX_JSON_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 16
@@ -120,6 +121,8 @@ class Brain:
             "sha256": hashlib.sha256(raw).hexdigest(),
             "provenance": dict(self.provenance),
         }
+        description = json.loads(json.dumps(description))  # as it will be read: keys are texts, tuples are lists
+        description["checksum"] = _checksum(description)
         atomic_write(folder / "weights.safetensors", raw)
         atomic_write(folder / "brain.json", json.dumps(description, indent=1) + "\n")
         return folder
@@ -139,6 +142,12 @@ class Brain:
         )
 
 
+def _checksum(description: Mapping[str, Any]) -> str:
+    """SHA-256 of everything else in it: one changed digit of an option would make another agent."""
+    rest = {key: value for key, value in description.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / "brain.json"
     try:
@@ -149,7 +158,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise BrainError(
             f"no brain in {folder}: {path.name} is missing; expected a folder that Brain.save wrote, or 'default'"
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no text, no JSON, or no path
         raise BrainError(f"{path} cannot be read as JSON ({error}); it is torn or foreign, copy it anew") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise BrainError(f"{path} is not a brain: expected the format {FORMAT!r}")
@@ -162,6 +171,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
             raise BrainError(f"{path}: {unknown_name('key', key, _KEYS)}")
     if missing := sorted(_KEYS - set(data)):
         raise BrainError(f"{path} lacks {', '.join(missing)}; it is torn, copy it anew")
+    if data["checksum"] != _checksum(data):
+        raise BrainError(f"{path} is not what was saved (checksum); copy it anew")
     if data["agent"] not in registry.entries("agent"):
         raise BrainError(f"{path}: {unknown_name('agent', data['agent'], registry.entries('agent'))}")
     return data

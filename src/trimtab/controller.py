@@ -24,7 +24,7 @@ from trimtab.gradients import GradientProbe
 from trimtab.hand import Hand
 from trimtab.records import Decision
 from trimtab.run_state import Interval, RunState
-from trimtab.safety import GOOD, Guard, Safety, Snapshot, Verdict, log_noise
+from trimtab.safety import GOOD, Guard, Safety, Snapshot, Verdict
 from trimtab.spec import ControlSpec, make_agent
 from trimtab.writers import find_writers
 
@@ -108,7 +108,7 @@ class Controller:
         self._probe = GradientProbe(optimizer)
         self._best: dict[str, Tensor] | None = None
         self._losses: list[Tensor | float] = []
-        self._noise = 0.0
+        self._late: list[float] = []
         self._val_loss = self._accuracy = math.nan
         self._t = 0
         self._index = 0
@@ -256,7 +256,7 @@ class Controller:
         state.record(interval)
         verdict = GOOD
         if self._guard is not None:
-            verdict = self._guard.judge(state, weights_are_finite=weights_are_finite, noise=self._noise)
+            verdict = self._guard.judge(state, weights_are_finite=weights_are_finite, losses=self._late)
         observation = self._observe(state)
         self.last_interval, self._last_observation = interval, observation
         is_bad = verdict is not GOOD or not math.isfinite(state.watched_loss())
@@ -334,7 +334,7 @@ class Controller:
             self._accuracy,
             *self._probe.collect([row for row in rows if isinstance(row, list)]),
         )
-        self._noise = log_noise(losses[half:])
+        self._late = losses[half:]
         self._losses = []
         self._val_loss = self._accuracy = math.nan
         return interval, math.isfinite(health)

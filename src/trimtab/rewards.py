@@ -37,9 +37,10 @@ def improvement(state: RunState) -> Array:
 
 
 def log_improvement(state: RunState) -> Array:
-    """log(L_before / L), without unit, so that it means the same early and late; (R,)."""
+    """log(L_before / L), without unit: the same early and late; 0 where a loss is not positive; (R,)."""
+    before, now = _watched(state.previous), _watched(state.current)
     with np.errstate(all="ignore"):
-        return _array(np.log(_watched(state.previous) / _watched(state.current)))
+        return _array(np.where((before > 0) & (now > 0), np.log(before / now), np.nan))
 
 
 def accuracy_improvement(state: RunState) -> Array:

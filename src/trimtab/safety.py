@@ -150,15 +150,15 @@ class Guard:
         self.in_a_row = 0
         self.total = 0
 
-    def judge(self, state: RunState, *, weights_are_finite: bool, noise: float = 0.0) -> Verdict:
+    def judge(self, state: RunState, *, weights_are_finite: bool, losses: Sequence[float] = ()) -> Verdict:
         """Judge the interval that just ended; a bad one is counted.
 
         Args:
             state: The run, with the interval recorded.
             weights_are_finite: Whether every weight is.
-            noise: Spread of the log of one step's train loss, see `log_noise`; it widens the train loss's limits.
+            losses: Train losses of the interval's last steps; how they scatter widens the train loss's limits.
         """
-        reason = self._fault(state, weights_are_finite, math.exp(min(NOISE_MARGIN * noise, 50.0)))
+        reason = self._fault(state, weights_are_finite, losses)
         if not reason:
             self.in_a_row = 0
             return GOOD
@@ -168,7 +168,7 @@ class Guard:
             return Verdict("give_up", f"{reason}, after {self.max_rollbacks} roll-backs in a row")
         return Verdict("roll_back", reason)
 
-    def _fault(self, state: RunState, weights_are_finite: bool, margin: float) -> str:
+    def _fault(self, state: RunState, weights_are_finite: bool, losses: Sequence[float]) -> str:
         summary = state.summary
         interval = summary.current
         train = _number(interval.train_loss)
@@ -185,7 +185,10 @@ class Guard:
             late = _number(interval.second_half_loss)
             now = train if math.isnan(late) else late
             first, lowest = _number(state.initial_loss), _number(summary.best_train_loss)
-            fault = self._excess("train loss", now, first, lowest, margin)
+            fault = self._excess("train loss", now, first, lowest)
+            if fault:
+                margin = math.exp(min(NOISE_MARGIN * log_noise(losses), 50.0))
+                fault = self._excess("train loss", now, first, lowest, margin)
         return fault
 
     def _excess(self, name: str, now: float, first: float, lowest: float, margin: float = 1.0) -> str:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from trimtab.errors import InputError
+
 __all__ = ["derive_seed", "numpy_generator", "scoped_global_rng", "torch_generator"]
 
 
@@ -21,11 +23,17 @@ def derive_seed(root: int, *path: str | int) -> int:
 
     Args:
         root: The root seed, 0 or more.
-        path: Names and numbers that say what is drawn, for example "data order", 3.
+        path: Names and numbers of 0 or more that say what is drawn, for example "data order", 3. A number 0 at the
+            end counts for nothing, as NumPy has it: use a path with it or without, not both.
+
+    Raises:
+        InputError: A number is negative.
 
     >>> derive_seed(0, "weights") == derive_seed(0, "weights") != derive_seed(0, "data order")
     True
     """
+    if root < 0 or any(isinstance(part, int) and part < 0 for part in path):
+        raise InputError(f"seed {root} with the path {path}; expected whole numbers of 0 or more")
     words = [part if isinstance(part, int) else zlib.crc32(part.encode()) for part in path]
     return int(np.random.SeedSequence([root, *words]).generate_state(2, np.uint32).view(np.uint64)[0] >> np.uint64(1))
 

@@ -8,7 +8,7 @@ it says log10. Sources: FINDINGS section 5 (features of the first trials).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +42,11 @@ def observe(signals: Sequence[Signal], state: RunState) -> Array:
     if not signals:
         return np.zeros((1, 0))
     raw = [signal.formula(state) for signal in signals]
-    runs = [raw] if isinstance(raw[0], float) else zip(*(np.atleast_1d(value).tolist() for value in raw), strict=True)
+    if all([isinstance(value, float) for value in raw]):
+        runs: Iterable[Sequence[float]] = [raw]  # type: ignore[list-item]
+    else:
+        # What all runs share, such as the progress, may be one number beside arrays.
+        runs = np.stack(np.broadcast_arrays(*map(np.atleast_1d, raw)), axis=1).tolist()
     rows = [
         [0.0 if x != x else min(max(x, signal.low), signal.high) for x, signal in zip(run, signals, strict=True)]
         for run in runs

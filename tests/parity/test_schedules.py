@@ -30,9 +30,7 @@ def make_optimizer() -> torch.optim.Optimizer:
 def ours(agent: Agent, losses: list[float] | None = None, every: int | None = None) -> np.ndarray:
     """Rates before each step and after the last; (STEPS + 1, 2)."""
     optimizer = make_optimizer()
-    controller = Controller(
-        agent, optimizer=optimizer, total_steps=STEPS, every=every, safety=Safety(rollback=False)
-    )
+    controller = Controller(agent, optimizer=optimizer, total_steps=STEPS, every=every, safety=Safety(rollback=False))
     rates = [[group["lr"] for group in optimizer.param_groups]]
     for t in range(STEPS):
         optimizer.step()
@@ -95,7 +93,9 @@ def test_cosine_with_a_floor_equals_cosine_annealing_lr_with_eta_min(min_factor:
     """eta_min is one number for all groups in torch and a share of each group's rate here: compared group by group."""
     mine = ours(make_agent("cosine", {"min_factor": min_factor}))
     for group, rate in enumerate(RATES):
-        theirs = torchs(lambda o, r=rate: lr_scheduler.CosineAnnealingLR(o, STEPS, eta_min=min_factor * r), closed=closed)
+        theirs = torchs(
+            lambda o, r=rate: lr_scheduler.CosineAnnealingLR(o, STEPS, eta_min=min_factor * r), closed=closed
+        )
         np.testing.assert_allclose(mine[:, group], theirs[:, group], rtol=1e-12, atol=1e-14)
 
 
@@ -112,7 +112,9 @@ def test_cosine_with_warm_up_equals_sequential_lr(warmup: int) -> None:
     assert_equal(ours(make_agent("cosine", {"warmup_steps": warmup})), theirs)
 
 
-@pytest.mark.parametrize(("warmup_share", "decay_share", "min_factor"), [(0.05, 0.2, 0.0), (0.0, 0.5, 0.1), (0.3, 0.7, 0.0)])
+@pytest.mark.parametrize(
+    ("warmup_share", "decay_share", "min_factor"), [(0.05, 0.2, 0.0), (0.0, 0.5, 0.1), (0.3, 0.7, 0.0)]
+)
 def test_wsd_equals_its_closed_form(warmup_share: float, decay_share: float, min_factor: float) -> None:
     """Written anew from Hu et al. 2024, section 4, as a LambdaLR: rise, hold, straight line down."""
     rise, fall = int(warmup_share * STEPS), int(decay_share * STEPS)
@@ -183,6 +185,6 @@ def test_default_cosine_starts_from_the_optimizers_default_rate(kind: str, rate:
 
 def test_default_cosine_knows_no_rate_for_another_optimizer() -> None:
     optimizer = torch.optim.RMSprop([nn.Parameter(torch.zeros(2))], lr=0.01)
-    with pytest.raises(ValueError, match="'RMSprop'.*known: Adam, AdamW, SGD"):
+    with pytest.raises(ValueError, match=r"'RMSprop'.*known: Adam, AdamW, SGD"):
         Controller(make_agent("default-cosine"), optimizer=optimizer, total_steps=100)
     assert optimizer.param_groups[0]["lr"] == 0.01

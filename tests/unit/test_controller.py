@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler
-from toy import OPTIMIZERS, Toy
 
+from toy import OPTIMIZERS, Toy
 from trimtab.agents.base import Actions, Agent, Base, Needs, Timing
 from trimtab.agents.q_learning import QLearning
 from trimtab.agents.scripted import RandomMoves, Replay
@@ -213,7 +213,7 @@ def test_a_tensor_rate_that_somebody_else_wrote_is_found_at_the_next_step(base: 
     controller = Controller(agent, optimizer=toy.optimizer, total_steps=20)
     toy.optimizer.param_groups[0]["lr"].fill_(0.2)
     loss = toy.step()
-    with pytest.raises(ConflictError, match="has lr=0.2 where 0.1 was written"):
+    with pytest.raises(ConflictError, match=r"has lr=0.2 where 0.1 was written"):
         controller.step(loss)
 
 
@@ -669,7 +669,7 @@ def test_a_brain_keeps_its_spec() -> None:
     controller = Controller(brain, optimizer=toy.optimizer, total_steps=100)
     assert controller.agent is agent
     assert controller.spec == brain.spec
-    with pytest.raises(InputError, match="made for another spec .*timing"):
+    with pytest.raises(InputError, match=r"made for another spec .*timing"):
         Controller(brain, optimizer=Toy().optimizer, total_steps=100, every=3)
 
 

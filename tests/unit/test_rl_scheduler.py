@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import OPTIMIZERS, Toy, seeded
 
 import trimtab
+from toy import OPTIMIZERS, Toy, seeded
 from trimtab.agents.base import Base, Timing
 from trimtab.agents.q_learning import QLearning
 from trimtab.agents.scripted import Replay

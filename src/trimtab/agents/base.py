@@ -247,6 +247,18 @@ class Agent(ABC):
             raise InputError(f"agent {self.name!r} has no state to load, got keys {sorted(state)}")
 
 
+def load_generator(generator: np.random.Generator, state: Any, who: str) -> None:
+    """Set a generator to a state that its `bit_generator.state` gave.
+
+    Raises:
+        InputError: It is none, or of another kind of generator; nothing is changed.
+    """
+    try:
+        generator.bit_generator.state = state
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise InputError(f"{who}: rng is no state of its generator ({type(error).__name__}: {error})") from error
+
+
 def keep_actions(actions: Actions, observation: Array, n_knobs: int) -> npt.NDArray[Any]:
     """No change, for every run and knob, in the form of these actions; (R, K)."""
     shape = (observation.shape[0], n_knobs)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from typing_extensions import override
 
-from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing
+from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing, load_generator
 from trimtab.errors import InputError, unknown_name
 
 __all__ = ["FACTORS", "QLearning"]
@@ -36,6 +36,7 @@ BINS: dict[str, tuple[float, ...]] = {
     "val_loss_log_ratio": (-0.02, 0.01),
     "progress": (0.34, 0.67),
 }
+MAX_ENTRIES = 10_000_000  # 160 MB of table and visits; a run visits about ten
 SCHEDULES_OF_EPSILON = ("constant", "linear", "exponential")
 
 
@@ -97,10 +98,7 @@ class QLearning(Agent):
             raise InputError("q_learning: expected epsilon_decisions >= 1 and n_knobs >= 1")
         self._given_actions = actions
         self._actions = Actions("multiply", _factors(actions))
-        self._bins = {key: tuple(float(edge) for edge in edges) for key, edges in (bins or BINS).items()}
-        for key, edges in self._bins.items():
-            if not edges or list(edges) != sorted(set(edges)) or not all(math.isfinite(edge) for edge in edges):
-                raise InputError(f"q_learning: bins of {key!r} are {list(edges)}; expected ascending finite edges")
+        self._bins = _bins(BINS if bins is None else bins)
         self._learning_rate = learning_rate
         self._gamma = gamma
         self._epsilon = (epsilon, epsilon_end, epsilon_schedule, epsilon_decisions)
@@ -111,6 +109,11 @@ class QLearning(Agent):
         self._shape = tuple(len(edges) + 1 for edges in self._bins.values())
         n_states = math.prod(self._shape)
         self._keep = self._joint(np.full((1, n_knobs), self._actions.factors.index(1.0)))[0]
+        entries = n_states * len(self._actions.factors) ** n_knobs
+        if entries > MAX_ENTRIES:
+            raise InputError(
+                f"q_learning: a table of {entries} entries; at most {MAX_ENTRIES}, take fewer bins or actions"
+            )
         self.table: Array = np.zeros((n_states, len(self._actions.factors) ** n_knobs))
         self.visits: npt.NDArray[np.int64] = np.zeros(self.table.shape, np.int64)
 
@@ -238,15 +241,30 @@ class QLearning(Agent):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state) != {"table", "visits", "rng"}:
+            raise InputError(f"q_learning: the state has the keys {sorted(state)}; expected rng, table, visits")
         for key in ("table", "visits"):
-            value = state.get(key)
+            value = state[key]
             if not isinstance(value, torch.Tensor) or tuple(value.shape) != self.table.shape:
                 shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                 raise InputError(f"q_learning: {key} is {shape}; expected a tensor of shape {self.table.shape}")
+        load_generator(self._rng, state["rng"], self.name)
         self.table = state["table"].to(torch.float64).numpy().copy()
         self.visits = state["visits"].to(torch.int64).numpy().copy()
-        if "rng" in state:
-            self._rng.bit_generator.state = state["rng"]
+
+
+def _bins(given: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...]]:
+    if not isinstance(given, Mapping) or not given:
+        raise InputError(f"q_learning: bins are {given!r}; expected signals with the inner edges of their bins")
+    bins = {}
+    for key, edges in given.items():
+        try:
+            bins[key] = tuple(float(edge) for edge in edges)
+        except (TypeError, ValueError):
+            bins[key] = ()
+        if not bins[key] or list(bins[key]) != sorted(set(bins[key])) or not all(map(math.isfinite, bins[key])):
+            raise InputError(f"q_learning: bins of {key!r} are {edges!r}; expected ascending finite edges")
+    return bins
 
 
 def _factors(actions: str | Sequence[float]) -> tuple[float, ...]:

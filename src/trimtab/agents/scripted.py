@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing, keep_actions
+from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing, keep_actions, load_generator
 from trimtab.errors import InputError, unknown_name
 
 __all__ = [
@@ -318,8 +319,8 @@ class Replay(Agent):
 
     Args:
         settings: For each decision its settings, one per knob; (T, K).
-        timing: When the recorded agent decided; `every=10` where it is not given.
-        base: The schedule under the recorded agent.
+        timing: When the recorded agent decided, also as a dict of fields; `every=10` where it is not given.
+        base: The schedule under the recorded agent, also as a dict of fields.
 
     Raises:
         InputError: The settings are empty, ragged, or not finite and positive.
@@ -328,7 +329,10 @@ class Replay(Agent):
     name = "replay"
 
     def __init__(
-        self, settings: Sequence[Sequence[float]], timing: Timing | None = None, base: Base | None = None
+        self,
+        settings: Sequence[Sequence[float]],
+        timing: Timing | Mapping[str, Any] | None = None,
+        base: Base | Mapping[str, Any] | None = None,
     ) -> None:
         try:
             table = np.asarray(settings, dtype=np.float64)
@@ -340,8 +344,8 @@ class Replay(Agent):
                 "row a decision, one number a knob"
             )
         self._settings = table
-        self._timing = timing or Timing()
-        self._base = base or Base()
+        self._timing = Timing(**timing) if isinstance(timing, Mapping) else timing or Timing()
+        self._base = Base(**base) if isinstance(base, Mapping) else base or Base()
 
     @property
     @override
@@ -351,7 +355,7 @@ class Replay(Agent):
     @property
     @override
     def options(self) -> dict[str, Any]:
-        return {"settings": self._settings.tolist()}
+        return {"settings": self._settings.tolist(), "timing": asdict(self._timing), "base": asdict(self._base)}
 
     @override
     def predict(
@@ -424,4 +428,6 @@ class RandomMoves(Agent):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._rng.bit_generator.state = state["rng"]
+        if set(state) != {"rng"}:
+            raise InputError(f"random: the state has the keys {sorted(state)}; expected rng")
+        load_generator(self._rng, state["rng"], self.name)

@@ -70,7 +70,10 @@ class _GroupKnob(Knob):
         return float(state.optimizer.param_groups[self._reference][self.key])
 
     def put(self, state: RunState, value: float) -> None:
-        groups = state.optimizer.param_groups
+        groups, written = state.optimizer.param_groups, self._written
+        if len(groups) == 1 == len(written) and groups[0][self.key].__class__ is float:
+            groups[0][self.key] = written[0] = value
+            return
         if len(groups) > len(self._initial):
             self._adopt(groups)
         scale = value / self._initial[self._reference]
@@ -95,7 +98,10 @@ class _GroupKnob(Knob):
 
     @override
     def find_conflict(self, state: RunState) -> str | None:
-        for index, (group, written) in enumerate(zip(state.optimizer.param_groups, self._written, strict=False)):
+        groups = state.optimizer.param_groups
+        if len(groups) == 1 and groups[0][self.key] is self._written[0]:
+            return None
+        for index, (group, written) in enumerate(zip(groups, self._written, strict=False)):
             present = group[self.key]
             if not self._stands(index, present):
                 return f"param group {index} has {self.key}={float(present):g} where {written:g} was written"

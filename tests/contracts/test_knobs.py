@@ -1,0 +1,143 @@
+"""Every registered knob keeps its contract, and the battery notices each way of breaking it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from trimtab import registry
+from trimtab.knobs.optimizer import LearningRate, WeightDecay
+from trimtab.run_state import Array, RunState
+from trimtab.testing import ContractError, check_knob
+
+
+def two_groups() -> torch.optim.Optimizer:
+    first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    groups = [{"params": [first]}, {"params": [second], "lr": 0.003, "weight_decay": 0.02}]
+    return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+
+
+KEYS = {"lr": "lr", "weight_decay": "weight_decay"}
+
+
+@pytest.mark.parametrize("name", registry.names("knob"))
+def test_registered_knobs(name: str) -> None:
+    check_knob(registry.load("knob", name)(), two_groups, key=KEYS.get(name))
+
+
+def test_knobs_with_bounds() -> None:
+    check_knob(LearningRate(1e-3, 1.0), two_groups, key="lr")
+    check_knob(LearningRate(hold_decay=True), two_groups, key="lr")
+    check_knob(WeightDecay(1e-4, 0.5), two_groups, key="weight_decay")
+
+
+class Rounds(LearningRate):
+    def put(self, state: RunState, value: float) -> None:
+        super().put(state, round(value, 3))
+
+
+class ForgetsTheSecond(LearningRate):
+    def put(self, state: RunState, value: float) -> None:
+        state.optimizer.param_groups[0]["lr"] = value
+        self._written[0] = value
+
+
+class ReplacesTensors(LearningRate):
+    def put(self, state: RunState, value: float) -> None:
+        for group in state.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"] = group["lr"].clone()
+        super().put(state, value)
+
+
+class TakesAnything(LearningRate):
+    def check_values(self, values: Any) -> Array:
+        return np.abs(np.atleast_1d(np.asarray(values)))
+
+
+class WritesThenRefuses(LearningRate):
+    def write(self, state: RunState, values: Array) -> None:
+        state.optimizer.param_groups[0]["lr"] = 7.0
+        super().write(state, values)
+
+
+class SeesNoConflict(LearningRate):
+    def find_conflict(self, state: RunState, **_options: Any) -> str | None:
+        return None
+
+
+class StateIsEmpty(LearningRate):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class WrongUnits(LearningRate):
+    def to_unit(self, values: Array) -> Array:
+        return super().to_unit(values) ** 2
+
+
+class FindsAFloat(LearningRate):
+    def bind(self, state: RunState) -> Any:
+        return float(super().bind(state)[0])
+
+
+class DecaysEverything(WeightDecay):
+    def put(self, state: RunState, value: float) -> None:
+        super().put(state, value)
+        state.optimizer.param_groups[-1]["weight_decay"] = state.optimizer.param_groups[-1]["weight_decay"] or value
+
+
+@pytest.mark.parametrize(
+    ("broken", "key", "text"),
+    [
+        (Rounds(), "lr", "wrote .* read back"),
+        (ForgetsTheSecond(), "lr", "x0.5 turned .* expected every ratio kept"),
+        (ReplacesTensors(), "lr", "replaced a tensor value instead of filling it in place"),
+        (TakesAnything(), "lr", "NaN: expected an InputError, but it was accepted"),
+        (WritesThenRefuses(), "lr", "NaN was refused, but something was written"),
+        (SeesNoConflict(), "lr", "did not notice that somebody else wrote param group 0"),
+        (StateIsEmpty(), "lr", "a loaded state is not the one that was saved"),
+        (WrongUnits(), "lr", "to_unit does not undo from_unit"),
+        (FindsAFloat(), "lr", r"bind gave 0\.01; expected a float64 array of shape \(1,\)"),
+        (DecaysEverything(), "weight_decay", "a group with 0 became"),
+    ],
+)
+def test_each_violation_is_named(broken: Any, key: str, text: str) -> None:
+    with pytest.raises(ContractError, match=text):
+        check_knob(broken, two_groups, key=key)
+
+
+def test_hold_decay_keeps_the_product_and_a_group_without_decay() -> None:
+    optimizer = two_groups()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "weight_decay": 0.0})
+    knob, state = LearningRate(hold_decay=True), RunState(optimizer)
+    knob.bind(state)
+    for rate in (0.05, 1e-4, 0.01):
+        knob.write(state, np.array([rate]))
+        products = [group["lr"] * group["weight_decay"] for group in optimizer.param_groups]
+        assert products == pytest.approx([0.01 * 0.1, 0.003 * 0.02, 0.0], rel=1e-12)
+    knob.put(state, 0.0)
+    assert [group["weight_decay"] for group in optimizer.param_groups][:2] == pytest.approx([0.1, 0.02])
+
+
+def test_without_hold_decay_the_decay_is_left_alone() -> None:
+    optimizer = two_groups()
+    knob, state = LearningRate(), RunState(optimizer)
+    knob.bind(state)
+    knob.write(state, np.array([0.5]))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.02]
+
+
+def test_a_knob_that_cannot_act_says_so() -> None:
+    bare = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ValueError, match="weight_decay is 0 in every param group"):
+        WeightDecay().bind(RunState(bare))
+    with pytest.raises(ValueError, match="hold_decay=True, but no param group has a positive weight_decay"):
+        LearningRate(hold_decay=True).bind(RunState(bare))
+    del bare.param_groups[0]["weight_decay"]
+    with pytest.raises(ValueError, match="SGD has no 'weight_decay' in its param groups: the knob 'weight_decay'"):
+        WeightDecay().bind(RunState(bare))
