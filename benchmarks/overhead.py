@@ -136,7 +136,12 @@ def main() -> None:
                 f"(quartiles {low:+.2%} to {high:+.2%}), {row[kind]['us_a_step']:.1f} us a step"
             )
         print(f"{name:16s} {row['decisions']} decisions in {row['rounds']} loops of {row['steps_a_loop']} steps")
-    machine = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "threads": 1}
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": 1,
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
     print(f"written to {arguments.out}")

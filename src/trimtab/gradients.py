@@ -128,7 +128,7 @@ class GradientProbe:
                 self._measure(parameters)
             if self._is_single or left % MEASURE_EVERY == 2:
                 self._keep(parameters)
-        self._wait((left - 3) % MEASURE_EVERY if left > 2 else 0)
+        self._wait(0 if left <= 2 or left % MEASURE_EVERY == 2 else (left - 3) % MEASURE_EVERY)
 
     def _keep(self, parameters: list[Tensor]) -> None:
         """Copy the weights as they are before this step."""
@@ -254,9 +254,16 @@ def measure_each(updates: Sequence[Tensor], weights: list[Tensor], gradients: li
     """The same, tensor by tensor: for networks too large, or too mixed, to be laid end to end."""
     device = weights[0].device
     norms = [torch._foreach_norm(tensors) for tensors in (list(updates), weights, gradients)]
-    products = [(g.double() * u.double()).sum().to(device) for g, u in zip(gradients, updates, strict=True)]
+    products = [_dot(g, u).to(device, torch.float64) for g, u in zip(gradients, updates, strict=True)]
     rows = [torch.stack([value.to(device, torch.float64) for value in row]) for row in norms]
     return torch.stack([*(torch.linalg.vector_norm(row) for row in rows), torch.stack(products).sum()])
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b>; half precision is too short to add up in."""
+    if a.dtype in (torch.float32, torch.float64) and a.dtype == b.dtype:
+        return torch.dot(a.reshape(-1), b.reshape(-1))
+    return (a.double() * b.double()).sum()
 
 
 def _mean(values: list[float]) -> float:

@@ -155,7 +155,7 @@ def load_state(path: Path) -> Any:
                 raise InputError(f"{path} holds no trimtab state; expected a file written by save_state")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         return _unflatten(json.loads(header), tensors)
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"cannot read the state in {path}: {error}; the file is missing, torn or foreign") from error
