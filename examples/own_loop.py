@@ -48,7 +48,9 @@ def main() -> None:
     fixed, _ = train(steps, is_controlled=False)
     controlled, decisions = train(steps, is_controlled=True)
     for decision in decisions[:8]:
-        print(f"step {decision.optimizer_step:4d}: rate {decision.before:.2e} -> {decision.read_back:.2e} {decision.note}")
+        print(
+            f"step {decision.optimizer_step:4d}: rate {decision.before:.2e} -> {decision.read_back:.2e} {decision.note}"
+        )
     print(f"accuracy after {steps} steps from a rate of 1e-5: fixed {fixed:.3f}, controlled {controlled:.3f}")
 
 

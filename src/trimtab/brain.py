@@ -173,7 +173,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise BrainError(f"{path} lacks {', '.join(missing)}; it is torn, copy it anew")
     if data["checksum"] != _checksum(data):
         raise BrainError(f"{path} is not what was saved (checksum); copy it anew")
-    if data["agent"] not in registry.entries("agent"):
+    for key in ("options", "spec", "state", "tensors", "provenance"):
+        if not isinstance(data[key], dict):
+            raise BrainError(f"{path}: {key} is a {type(data[key]).__name__}, expected an object; copy it anew")
+    if str(data["agent"]) not in registry.entries("agent"):
         raise BrainError(f"{path}: {unknown_name('agent', data['agent'], registry.entries('agent'))}")
     return data
 

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from trimtab.agents.base import Agent, Array, Timing
 from trimtab.brain import Brain
 from trimtab.errors import InputError, unknown_name, warn
-from trimtab.gradients import GradientProbe
 from trimtab.hand import Hand
+from trimtab.meter import Meter, to_number
 from trimtab.records import Decision
 from trimtab.run_state import Interval, RunState
 from trimtab.safety import GOOD, Guard, Safety, Snapshot, Verdict
@@ -30,7 +30,6 @@ from trimtab.writers import find_writers
 
 __all__ = ["Controller"]
 
-_NO_LOSS = "step() needs the loss of the step just taken, one number; got {}"
 _log = logging.getLogger("trimtab")
 
 
@@ -105,11 +104,9 @@ class Controller:
         self._reward = self.spec.make_reward()
         self._guard = Guard(self.safety.cut, self.safety.max_rollbacks) if self._has_guard() else None
         self._snapshot = Snapshot(optimizer, model, on_cpu=self.safety.snapshot_on_cpu)
-        self._probe = GradientProbe(optimizer)
+        self._meter = Meter(optimizer)
+        self._probe = self._meter.probe
         self._best: dict[str, Tensor] | None = None
-        self._losses: list[Tensor | float] = []
-        self._late: list[float] = []
-        self._val_loss = self._accuracy = math.nan
         self._t = 0
         self._index = 0
         self._agent_state: Any = None
@@ -180,11 +177,7 @@ class Controller:
         if t >= self._next and self.status != "running":
             self._beyond()
             return []
-        if isinstance(loss, Tensor):
-            # A copy: the caller may reuse the memory, as loops do that add up micro-batches in one tensor.
-            self._losses.append((loss.detach() if loss.dim() == 0 else _to_scalar(loss)).clone())
-        else:
-            self._losses.append(_to_number(loss, _NO_LOSS.format(repr(loss))))
+        self._meter.add(loss)
         self._t = t
         if t >= self._next:
             return self._decide()
@@ -205,19 +198,19 @@ class Controller:
         """
         if val_loss is None and not metrics:
             raise InputError("report() was given nothing; expected val_loss=... or an accuracy")
-        value = math.nan if val_loss is None else _to_number(val_loss, f"val_loss is {val_loss!r}; expected one number")
+        value = math.nan if val_loss is None else to_number(val_loss, f"val_loss is {val_loss!r}; expected one number")
         for name, given in (metrics or {}).items():
             if name != "accuracy":
                 raise unknown_name("metric", name, ("accuracy",))
             wrong = f"accuracy is {given!r}; expected a number in [0, 1]"
-            accuracy = _to_number(given, wrong)
+            accuracy = to_number(given, wrong)
             if not 0 <= accuracy <= 1:
                 raise InputError(wrong)
-            self._accuracy = accuracy
+            self._meter.accuracy = accuracy
         if val_loss is None:
             return
         value = math.inf if math.isnan(value) else value
-        self._val_loss = value
+        self._meter.val_loss = value
         state = self.state
         if self._t == 0:
             state.note_val_loss(value)
@@ -256,7 +249,7 @@ class Controller:
         state.record(interval)
         verdict = GOOD
         if self._guard is not None:
-            verdict = self._guard.judge(state, weights_are_finite=weights_are_finite, losses=self._late)
+            verdict = self._guard.judge(state, weights_are_finite=weights_are_finite, losses=self._meter.last_losses)
         observation = self._observe(state)
         self.last_interval, self._last_observation = interval, observation
         is_bad = verdict is not GOOD or not math.isfinite(state.watched_loss())
@@ -297,46 +290,15 @@ class Controller:
         return [0.0] * len(self.spec.signals) if observation is None else [float(value) for value in observation[0]]
 
     def _measure(self) -> tuple[Interval, bool]:
-        """Bring losses, gradient statistics and a check of the weights over in one transfer."""
-        kept, rows = self._losses, self._probe.pending()
-        health = self._snapshot.sum_of_weights() if self._guard is not None else 0.0
-        on_device = [loss for loss in kept if isinstance(loss, Tensor)]
-        parts = [row for row in rows if isinstance(row, Tensor)]
-        if on_device and on_device[0].is_cpu and not parts:
-            losses = [float(loss) for loss in kept]
-        else:
-            n_rows, n_losses = len(parts), len(on_device)
-            if on_device:
-                parts.append(torch.stack(on_device).view(-1))
-            if isinstance(health, Tensor):
-                parts.append(health)
-            values = _bring(parts)
-            losses = values[4 * n_rows : 4 * n_rows + n_losses]
-            if n_losses < len(kept):
-                brought = iter(losses)
-                losses = [next(brought) if isinstance(loss, Tensor) else loss for loss in kept]
-            tensors = iter(values[4 * i : 4 * i + 4] for i in range(n_rows))
-            rows = [next(tensors) if isinstance(row, Tensor) else row for row in rows]
-            health = values[-1] if isinstance(health, Tensor) else health
-        if self._is_first and math.isfinite(losses[0]):
+        """Sum up the interval; and whether every weight is finite."""
+        interval, health = self._meter.measure(0.0 if self._guard is None else self._snapshot.sum_of_weights())
+        first = self._meter.first_loss
+        if self._is_first and math.isfinite(first):
             # After a roll-back too, where the first loss is again one of good weights: batches of few rows differ
             # so much that the very first loss may lie far below all others.
             known = float(self.state.initial_loss)
-            self.state.initial_loss = losses[0] if math.isnan(known) else max(known, losses[0])
+            self.state.initial_loss = first if math.isnan(known) else max(known, first)
             self._is_first = False
-        count, half = len(losses), max(1, len(losses) // 2)
-        early, late = sum(losses[:half]), sum(losses[half:])
-        interval = Interval(
-            (early + late) / count,
-            early / half,
-            late / (count - half) if count > half else math.nan,
-            self._val_loss,
-            self._accuracy,
-            *self._probe.collect([row for row in rows if isinstance(row, list)]),
-        )
-        self._late = losses[half:]
-        self._losses = []
-        self._val_loss = self._accuracy = math.nan
         return interval, math.isfinite(health)
 
     def _act(self, observation: Array, verdict: Verdict, *, is_over: bool) -> None:
@@ -426,7 +388,6 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on as if never stopped: tensors, lists and plain numbers, no code."""
-        losses = self._losses
         return {
             "spec": self.spec.fingerprint,
             "agent": self.agent.name,
@@ -440,13 +401,10 @@ class Controller:
             "last_observation": self.last_observation,
             "has_warned": self._has_warned,
             "hand": self._hand.state_dict(),
-            "losses": [loss.clone() if isinstance(loss, Tensor) else loss for loss in losses],
-            "val_loss": self._val_loss,
-            "accuracy": self._accuracy,
             "run": self.state.state_dict(),
             "guard": None if self._guard is None else self._guard.state_dict(),
             "snapshot": self._snapshot.state_dict(),
-            "probe": self._probe.state_dict(),
+            "meter": self._meter.state_dict(),
             "best": None if self._best is None else {key: value.clone() for key, value in self._best.items()},
             "agent_state": None if self._agent_state is None else [_to_list(x) for x in self._agent_state],
             "pending": None if self._pending is None else [_to_list(x) for x in self._pending],
@@ -486,13 +444,11 @@ class Controller:
         self._last_observation = None if seen is None else np.array([state["last_observation"]])
         self._hand.load_state_dict(state["hand"])
         device = next(p.device for group in self.state.optimizer.param_groups for p in group["params"])
-        self._losses = [loss.to(device, copy=True) if isinstance(loss, Tensor) else loss for loss in state["losses"]]
-        self._val_loss, self._accuracy = state["val_loss"], state["accuracy"]
         self.state.load_state_dict(state["run"])
         if self._guard is not None and state["guard"] is not None:
             self._guard.load_state_dict(state["guard"])
         self._snapshot.load_state_dict(state["snapshot"])
-        self._probe.load_state_dict(state["probe"])
+        self._meter.load_state_dict(state["meter"])
         best = state["best"]
         self._best = None if best is None else {key: value.to(device, copy=True) for key, value in best.items()}
         kept = state["agent_state"]
@@ -517,13 +473,10 @@ _STATE_KEYS = {
     "last_observation",
     "has_warned",
     "hand",
-    "losses",
-    "val_loss",
-    "accuracy",
     "run",
     "guard",
     "snapshot",
-    "probe",
+    "meter",
     "best",
     "agent_state",
     "pending",
@@ -580,30 +533,6 @@ def _epoch_steps(timing: Timing, loader: Iterable[Any] | None) -> int | None:
     if not isinstance(loader, Sized) or len(loader) < 1:
         raise InputError("every='epoch' needs the data loader with a known length: give loader=...")
     return len(loader)
-
-
-def _bring(parts: list[Tensor]) -> list[float]:
-    """All numbers in one transfer from the device; parts that lie elsewhere are moved there first."""
-    if not parts:
-        return []
-    device = parts[0].device
-    values: list[float] = torch.cat([part if part.device == device else part.to(device) for part in parts]).tolist()
-    return values
-
-
-def _to_number(value: object, wrong: str) -> float:
-    if not isinstance(value, (str, bool)):
-        try:
-            return float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError, RuntimeError):
-            pass
-    raise InputError(wrong)
-
-
-def _to_scalar(loss: Tensor) -> Tensor:
-    if loss.numel() != 1:
-        raise InputError(_NO_LOSS.format(f"a tensor of shape {tuple(loss.shape)}"))
-    return loss.detach().reshape(())
 
 
 def _to_list(value: Any) -> Any:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from trimtab import registry
 from trimtab.agents.base import Actions, Agent, Base, Needs, Timing
-from trimtab.agents.scripted import Schedule, make_schedule
+from trimtab.agents.scripted import SCHEDULES, Schedule, make_schedule
 from trimtab.errors import InputError, unknown_name
 from trimtab.knobs.base import Knob
 from trimtab.run_state import Array, RunState
@@ -46,8 +46,10 @@ def make_agent(name: str, options: Mapping[str, Any] | None = None, *, seed: int
     maker = registry.load("agent", name)
     known = dict(inspect.signature(maker).parameters)
     given = dict(options or {})
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values()):
-        known = dict(inspect.signature(_schedule_maker(name)).parameters)  # a schedule's options are its agent's
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    if takes_any and name.removeprefix("default-") in SCHEDULES:
+        # A schedule's options are its agent's.
+        known, takes_any = dict(inspect.signature(SCHEDULES[name.removeprefix("default-")]).parameters), False
     else:
         own = {"seed": seed, "n_knobs": n_knobs}
         for key in own:
@@ -55,19 +57,13 @@ def make_agent(name: str, options: Mapping[str, Any] | None = None, *, seed: int
                 raise InputError(f"option {key!r} of agent {name!r} is set by the run, leave it out")
         given |= {key: value for key, value in own.items() if key in known}
     for key in given:
-        if key not in known:
+        if key not in known and not takes_any:
             raise unknown_name(f"option of agent {name!r}", key, set(known) - {"seed", "n_knobs"})
     try:
         agent: Agent = maker(**given)
     except TypeError as error:
         raise InputError(f"agent {name!r}: {error}; options given: {options}") from error
     return agent
-
-
-def _schedule_maker(name: str) -> Any:
-    from trimtab.agents.scripted import SCHEDULES
-
-    return SCHEDULES[name.removeprefix("default-")]
 
 
 @dataclass(frozen=True)
@@ -210,6 +206,8 @@ class ControlSpec:
         Raises:
             InputError: The action has another shape, or is not finite.
         """
+        if np.shape(action) != settings.shape:
+            raise InputError(f"action {action!r}; expected finite numbers of shape {settings.shape}, one column a knob")
         return np.array([self.decode_one(action[run : run + 1], row) for run, row in enumerate(settings.tolist())])
 
     def decode_one(self, action: npt.NDArray[Any], settings: list[float]) -> list[float]:

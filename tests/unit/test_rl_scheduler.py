@@ -919,7 +919,7 @@ def test_the_loss_is_kept_without_its_graph() -> None:
     loss.backward()
     toy.optimizer.step()
     scheduler.step(loss)
-    assert all(kept.grad_fn is None for kept in scheduler._controller._losses)
+    assert all(kept.grad_fn is None for kept in scheduler._controller._meter._losses)
 
 
 def test_a_brain_that_learns_goes_on_learning_here() -> None:

@@ -36,7 +36,9 @@ def test_gate(gate: Gate, asked: float, decision: int, last_change: int | None, 
     assert gate.limit(asked, 1.0, decision, last_change) == (granted, note)
 
 
-@pytest.mark.parametrize("limits", [{"burn_in": -1}, {"min_distance": 0}, {"max_factor": 1.0}, {"max_factor": math.nan}])
+@pytest.mark.parametrize(
+    "limits", [{"burn_in": -1}, {"min_distance": 0}, {"max_factor": 1.0}, {"max_factor": math.nan}]
+)
 def test_a_gate_out_of_range(limits: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected burn_in >= 0, min_distance >= 1, max_factor > 1"):
         Gate(**limits)

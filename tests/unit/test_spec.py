@@ -56,7 +56,9 @@ def test_the_fingerprint_is_fixed_and_speaks_of_every_field() -> None:
     """It ties brains and experience to specs: it may not change from version to version for the same spec."""
     prints = [SPEC.fingerprint, *(dataclasses.replace(SPEC, **change).fingerprint for change in CHANGES)]
     assert len(set(prints)) == len(prints)
-    assert {field for change in CHANGES for field in change} == {field.name for field in dataclasses.fields(ControlSpec)}
+    assert {field for change in CHANGES for field in change} == {
+        field.name for field in dataclasses.fields(ControlSpec)
+    }
     assert SPEC.fingerprint == dataclasses.replace(SPEC, knobs=["lr", "weight_decay"]).fingerprint  # type: ignore[arg-type]
 
 
@@ -77,7 +79,10 @@ def test_the_fingerprint_is_fixed_and_speaks_of_every_field() -> None:
         ),
         ({"knob_options": {"lr": {"hold_decay": True}}}, "would both write the decay; choose one"),
         ({"base": Base("cosin")}, "unknown base schedule 'cosin'; did you mean 'cosine'"),
-        ({"base": Base("cosine", {"warmup": 3})}, "option of the schedule 'cosine' 'warmup'; did you mean 'warmup_steps'"),
+        (
+            {"base": Base("cosine", {"warmup": 3})},
+            "option of the schedule 'cosine' 'warmup'; did you mean 'warmup_steps'",
+        ),
         ({"base": Base("cosine", {"min_factor": 2.0})}, r"min_factor is 2.0; expected a number in \[0, 1\]"),
     ],
 )
@@ -161,7 +166,9 @@ def test_decode() -> None:
     np.testing.assert_allclose(direct.decode(np.array([[3.0, 4.0], [5.0, 6.0]]), settings), [[3.0, 4.0], [5.0, 6.0]])
 
 
-@pytest.mark.parametrize("action", [[[0]], [[0, 1, 2]], [0, 1], [[0, 9]], [[0, -1]], [[0.5, 0]], [[math.nan, 0]], [[math.inf, 0]], 3])
+@pytest.mark.parametrize(
+    "action", [[[0]], [[0, 1, 2]], [0, 1], [[0, 9]], [[0, -1]], [[0.5, 0]], [[math.nan, 0]], [[math.inf, 0]], 3]
+)
 def test_an_action_that_cannot_be_decoded(action: Any) -> None:
     with pytest.raises(InputError, match=r"action .*; expected"):
         SPEC.decode(np.asarray(action), np.array([[0.1, 0.1]]))
@@ -202,7 +209,13 @@ def test_actions_that_make_no_sense(arguments: dict[str, Any], text: str) -> Non
     "arguments",
     [
         *({"every": every} for every in (0, -1, 2.5, True, "batch")),
-        *({"n_decisions": 0}, {"early_decisions": -1}, {"early_share": 0.0}, {"early_share": 1.0}, {"unknown_every": 0}),
+        *(
+            {"n_decisions": 0},
+            {"early_decisions": -1},
+            {"early_share": 0.0},
+            {"early_share": 1.0},
+            {"unknown_every": 0},
+        ),
     ],
 )
 def test_timings_that_make_no_sense(arguments: dict[str, Any]) -> None:
@@ -251,7 +264,9 @@ def test_schedules_are_positive_and_never_above_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cosine", "wsd", "step", "exponential"])
 def test_schedules_that_need_an_end_say_so(name: str) -> None:
-    with pytest.raises(InputError, match=f"the schedule '{name}' needs the number of optimizer steps; give total_steps"):
+    with pytest.raises(
+        InputError, match=f"the schedule '{name}' needs the number of optimizer steps; give total_steps"
+    ):
         make_schedule(Base(name))(0, None)
     assert make_schedule(Base("constant"))(0, None) == 1.0
 
@@ -276,7 +291,11 @@ def test_schedules_that_need_an_end_say_so(name: str) -> None:
         ("q_learning", {"bins": {"progress": [0.5, 0.5]}}, "expected ascending finite edges"),
         ("q_learning", {"bins": {"progress": ["a"]}}, "expected ascending finite edges"),
         ("q_learning", {"bins": {"progress": 3}}, "expected ascending finite edges"),
-        ("q_learning", {"bins": {str(n): list(range(99)) for n in range(9)}}, "a table of .* entries; at most 10000000"),
+        (
+            "q_learning",
+            {"bins": {str(n): list(range(99)) for n in range(9)}},
+            "a table of .* entries; at most 10000000",
+        ),
         ("q_learning", {"epsilon_schedule": "cosine"}, "unknown epsilon schedule 'cosine'"),
         ("q_learning", {"epsilon_decisions": 0}, "expected epsilon_decisions >= 1"),
         ("q_learning", {"epsilon_decisions": "many"}, "agent 'q_learning': .*options given"),

@@ -126,7 +126,9 @@ def equal(first: Any, second: Any) -> bool:
         same_kind = isinstance(second, torch.Tensor) and first.dtype == second.dtype and first.shape == second.shape
         return same_kind and torch.equal(first.nan_to_num(7e7), second.nan_to_num(7e7))
     if isinstance(first, dict):
-        return isinstance(second, dict) and list(first) == list(second) and all(equal(first[k], second[k]) for k in first)
+        return (
+            isinstance(second, dict) and list(first) == list(second) and all(equal(first[k], second[k]) for k in first)
+        )
     if isinstance(first, (list, tuple)):
         return type(first) is type(second) and len(first) == len(second) and all(map(equal, first, second))
     return type(first) is type(second) and (first == second or (first != first and second != second))
@@ -137,7 +139,15 @@ STATE = {
     "odd": (torch.tensor([True, False]), torch.tensor([math.nan, math.inf]), torch.tensor(3, dtype=torch.uint8)),
     3: {"int keys": {0: "a", 1: (1, (2, ()), [])}},
     "$tensor": "a key that looks like ours",
-    "nested": {"$items": [1], "none": None, "flag": True, "nan": math.nan, "inf": -math.inf, "big": 2**70, "text": "ü\n"},
+    "nested": {
+        "$items": [1],
+        "none": None,
+        "flag": True,
+        "nan": math.nan,
+        "inf": -math.inf,
+        "big": 2**70,
+        "text": "ü\n",
+    },
     "empty": {},
 }
 
@@ -164,9 +174,11 @@ def test_an_optimizers_state_comes_back_the_same(tmp_path: Path) -> None:
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(width=64) | st.text(max_size=8),
-        lambda inner: st.lists(inner, max_size=3)
-        | st.tuples(inner, inner)
-        | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.tuples(inner, inner)
+            | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3)
+        ),
         max_leaves=10,
     )
 )

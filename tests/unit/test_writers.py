@@ -21,10 +21,15 @@ from trimtab.writers import find_writers
         (lambda o: lr_scheduler.OneCycleLR(o, 0.1, 10), ["OneCycleLR"]),
         (lambda o: lr_scheduler.LambdaLR(o, lambda step: 1.0), ["LambdaLR"]),
         (
-            lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [5]),
+            lambda o: lr_scheduler.SequentialLR(
+                o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [5]
+            ),
             ["ConstantLR", "ExponentialLR", "SequentialLR"],
         ),
-        (lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(o, 0.9)]), ["ChainedScheduler", "ExponentialLR"]),
+        (
+            lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(o, 0.9)]),
+            ["ChainedScheduler", "ExponentialLR"],
+        ),
         (lambda o: Controller("constant", optimizer=o), ["Controller"]),
         (lambda o: trimtab.RLScheduler(o, 10), ["Controller", "RLScheduler"]),
     ],

@@ -148,7 +148,9 @@ def test_a_brain_of_another_agent_is_refused_by_name(tmp_path):
 
 
 def test_the_rate_forced_to_a_million_does_not_lose_the_run(tmp_path):
-    result = run(tmp_path, initial_lr=1e6, agent="uwhg", kind="rule", options={}, base=None, every=None, total_steps=200)
+    result = run(
+        tmp_path, initial_lr=1e6, agent="uwhg", kind="rule", options={}, base=None, every=None, total_steps=200
+    )
     assert result["status"] == "done"
     assert result["n_rollbacks"] > 5
     first = rows(tmp_path, "series.jsonl")[0]["val_loss"]
