@@ -28,7 +28,7 @@ from trimtab.spec import ControlSpec, make_agent
 from trimtab.training.loop import TrainingLoop
 
 # Steps of one timed loop: about half a second of digits-mlp, three of the GPT.
-STEPS = {"digits-mlp": 1000, "shakespeare-gpt": 40}
+STEPS = {"digits-mlp": 1000, "shakespeare-gpt": 30}
 GOALS = {"digits-mlp": 0.03, "shakespeare-gpt": 0.01}
 EVERY = 10
 

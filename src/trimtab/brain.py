@@ -166,6 +166,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise BrainError(
             f"{path} has version {data.get('version')!r}, this trimtab reads version {VERSION}; upgrade trimtab"
         )
+    _check_keys(path, data)
+    return data
+
+
+def _check_keys(path: Path, data: dict[str, Any]) -> None:
     for key in data:
         if key not in _KEYS:
             raise BrainError(f"{path}: {unknown_name('key', key, _KEYS)}")
@@ -178,7 +183,6 @@ def _read_description(folder: Path) -> dict[str, Any]:
             raise BrainError(f"{path}: {key} is a {type(data[key]).__name__}, expected an object; copy it anew")
     if str(data["agent"]) not in registry.entries("agent"):
         raise BrainError(f"{path}: {unknown_name('agent', data['agent'], registry.entries('agent'))}")
-    return data
 
 
 def _read_weights(folder: Path, data: dict[str, Any]) -> dict[str, torch.Tensor]:

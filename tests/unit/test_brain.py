@@ -1,4 +1,4 @@
-"""Brains: saved and loaded the same; every broken, foreign or future file is one BrainError, and nothing is executed."""
+"""Brains: saved and loaded the same; each broken, foreign or future file is one BrainError; nothing is executed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from toy import Toy
 
+from toy import Toy
 from trimtab.agents.base import Agent
 from trimtab.agents.q_learning import QLearning
 from trimtab.brain import Brain
@@ -101,7 +101,7 @@ def test_the_shipped_brains() -> None:
     default, free = Brain.load("default"), Brain.load("default-open")
     assert default.agent.name == free.agent.name == "uwhg"
     assert (default.spec.base.name, free.spec.base.name) == ("cosine", "constant")
-    with pytest.raises(BrainError, match="no brain in defaults: .*or 'default'"):
+    with pytest.raises(BrainError, match=r"no brain in defaults: .*or 'default'"):
         Brain.load("defaults")
 
 
@@ -126,14 +126,14 @@ def test_every_truncation_is_found(folder: Path, name: str) -> None:
     whole = path.read_bytes()
     for length in [*range(0, len(whole), max(1, len(whole) // 60)), len(whole) - 2]:
         path.write_bytes(whole[:length])
-        with pytest.raises(BrainError, match="copy it anew|is not a brain"):
+        with pytest.raises(BrainError, match=r"copy it anew|is not a brain"):
             Brain.load(folder)
     path.write_bytes(whole + b"\n ")
     if name != "brain.json":
         with pytest.raises(BrainError, match="copy it anew"):
             Brain.load(folder)
     path.unlink()
-    with pytest.raises(BrainError, match="is missing|copy it anew"):
+    with pytest.raises(BrainError, match=r"is missing|copy it anew"):
         Brain.load(folder)
 
 
@@ -217,7 +217,7 @@ def test_an_unsigned_change_of_an_option_is_found(folder: Path) -> None:
 @pytest.mark.parametrize("content", ["[]", "5", '"x"', "null", "[" * 100_000, "1" * 10_000, "\x00", "{}"])
 def test_json_that_is_no_brain(folder: Path, content: str) -> None:
     (folder / "brain.json").write_text(content)
-    with pytest.raises(BrainError, match="is not a brain|cannot be read as JSON"):
+    with pytest.raises(BrainError, match=r"is not a brain|cannot be read as JSON"):
         Brain.load(folder)
 
 
@@ -239,7 +239,7 @@ def test_a_huge_shape_allocates_nothing(folder: Path) -> None:
 
 def test_options_of_a_huge_table_allocate_nothing(folder: Path) -> None:
     edit(folder, _set("options", "bins", {f"s{n}": list(range(90)) for n in range(6)}))
-    with pytest.raises(BrainError, match="a table of .* entries; at most"):
+    with pytest.raises(BrainError, match=r"a table of .* entries; at most"):
         Brain.load(folder)
 
 
@@ -274,7 +274,7 @@ def test_tensors_of_somebody_else(folder: Path) -> None:
         {"table": torch.zeros(108, 3, dtype=torch.float64), "visit": torch.zeros(108, 3, dtype=torch.int64)}, weights
     )
     edit(folder, _set("sha256", hashlib.sha256(weights.read_bytes()).hexdigest()))
-    with pytest.raises(BrainError, match="holds .*'visit'.*, the description says"):
+    with pytest.raises(BrainError, match=r"holds .*'visit'.*, the description says"):
         Brain.load(folder)
 
 

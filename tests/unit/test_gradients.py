@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import OPTIMIZERS, Toy
 
+from toy import OPTIMIZERS, Toy
 from trimtab.flat import SMALL_UP_TO, FlatView
 from trimtab.gradients import GradientProbe, measure_each, measure_rows
 

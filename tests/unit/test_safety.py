@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy import Toy
 
+from toy import Toy
 from trimtab.errors import InputError, UnknownNameError
 from trimtab.run_state import Interval, RunState
 from trimtab.safety import Gate, Guard, Safety, Snapshot, log_noise

@@ -73,6 +73,5 @@ def draw_restored(device: torch.device) -> torch.Tensor:
 def test_it_is_put_back_after_an_error_too() -> None:
     before = torch.get_rng_state()
     with pytest.raises(KeyError), scoped_global_rng(None, torch.device("cpu")):
-        torch.rand(1)
-        raise KeyError
+        raise KeyError(torch.rand(1))
     assert torch.equal(torch.get_rng_state(), before)

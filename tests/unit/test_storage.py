@@ -65,7 +65,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("x")
-    with pytest.raises(OutputError, match="cannot write .*taken/file"):
+    with pytest.raises(OutputError, match=r"cannot write .*taken/file"):
         atomic_write(tmp_path / "taken" / "file", "new")
     assert files(tmp_path) == ["taken"]
 

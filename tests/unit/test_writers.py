@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from torch.optim import lr_scheduler
-from toy import Toy
 
 import trimtab
+from toy import Toy
 from trimtab.controller import Controller
 from trimtab.writers import find_writers
 
