@@ -85,6 +85,7 @@ class Controller:
         self.mode = mode
         self.state = RunState(optimizer, model, loader, total_steps)
         self._last_reward: float | None = None
+        self._lowest_reward = 0.0
         self._is_first = True
         self.last_interval: Interval | None = None
         self._last_observation: Array | None = None
@@ -253,10 +254,13 @@ class Controller:
         observation = self._observe(state)
         self.last_interval, self._last_observation = interval, observation
         is_bad = verdict is not GOOD or not math.isfinite(state.watched_loss())
-        self._last_reward = self.spec.penalty if is_bad else None
-        if self._pending is not None and self.mode != "use" and self.agent.is_learned:
-            ended = np.array([is_over or verdict.kind == "give_up"])
-            self.agent.update(*self._pending, np.array([self.last_reward]), observation, ended)
+        # Below anything this run has been rewarded with, in the reward's own unit: a bad interval must never pay.
+        self._last_reward = self._lowest_reward + self.spec.penalty if is_bad else None
+        if self.mode != "use" and self.agent.is_learned:
+            reward = np.array([self.last_reward])  # of the first interval too: a penalty lies below it
+            if self._pending is not None:
+                ended = np.array([is_over or verdict.kind == "give_up"])
+                self.agent.update(*self._pending, reward, observation, ended)
         self._pending = None
         first = len(self.decisions)
         if verdict.kind == "give_up":
@@ -281,6 +285,7 @@ class Controller:
         """Reward of the last interval, worked out when it is first asked for; None before the first decision."""
         if self._last_reward is None and self.last_interval is not None:
             self._last_reward = float(self._reward(self.state)[0])
+            self._lowest_reward = min(self._lowest_reward, self._last_reward)
         return self._last_reward
 
     @property
@@ -396,6 +401,7 @@ class Controller:
             "index": self._index,
             "next": self._next,
             "last_reward": self.last_reward,
+            "lowest_reward": self._lowest_reward,
             "is_first": self._is_first,
             "last_interval": None if self.last_interval is None else [*self.last_interval],
             "last_observation": self.last_observation,
@@ -437,7 +443,8 @@ class Controller:
         self.status = state["status"]
         self._t = state["t"]
         self._index, self._next = state["index"], state["next"]
-        self._last_reward, self._is_first = state["last_reward"], state["is_first"]
+        self._last_reward, self._lowest_reward = state["last_reward"], state["lowest_reward"]
+        self._is_first = state["is_first"]
         self._has_warned = state["has_warned"]
         seen = state["last_interval"]
         self.last_interval = None if seen is None else Interval(*seen)
@@ -468,6 +475,7 @@ _STATE_KEYS = {
     "index",
     "next",
     "last_reward",
+    "lowest_reward",
     "is_first",
     "last_interval",
     "last_observation",

@@ -138,6 +138,9 @@ class GradientProbe:
             self._rows = np.empty((3, view.size if view is not None else 0), np.float32)
         if view is not None:
             view.copy_to(self._rows[0])
+        elif [*map(id, parameters)] == [*map(id, self._kept)] and _are_like(self._before, parameters):
+            with torch.no_grad():
+                torch._foreach_copy_(self._before, parameters)  # memory that is there already: fresh pages cost more
         else:
             self._before = [parameter.detach().clone() for parameter in parameters]
         self._kept = parameters
@@ -158,11 +161,10 @@ class GradientProbe:
                 self._measured.append(self._unscale(row))
             return
         now = [parameter.detach() for parameter in parameters]
-        if [old.shape for old in self._before] == [weight.shape for weight in now]:
-            updates = torch._foreach_sub(self._before, now)
-            self._measured.append(
-                self._unscale(measure_each(updates, now, [gradient.detach() for gradient in gradients]))
-            )
+        if _are_like(self._before, now):
+            torch._foreach_sub_(self._before, now)
+            totals = measure_each(self._before, now, [gradient.detach() for gradient in gradients])
+            self._measured.append(self._unscale(totals))
 
     def _unscale(self, row: Row) -> Row:
         """Fused optimizers unscale the gradient themselves: here it is still scaled."""
@@ -248,6 +250,15 @@ def measure_rows(update: Floats, weights: Floats, gradient: Floats) -> list[floa
     """[|u|, |theta|, |g|, <g, u>] of three rows of equal length."""
     squares = [float(row.dot(row)) for row in (update, weights, gradient)]
     return [*map(math.sqrt, squares), float(gradient.dot(update))]
+
+
+def _are_like(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(tensors) == len(others) and all(
+        [
+            a.shape == b.shape and a.device == b.device and a.dtype == b.dtype
+            for a, b in zip(tensors, others, strict=True)
+        ]
+    )
 
 
 def measure_each(updates: Sequence[Tensor], weights: list[Tensor], gradients: list[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 Called through the registry by the controller, at a decision, for the decision before. What cannot be computed (a
 first decision, no validation where accuracy is asked for) is 0. A rolled-back interval is not rewarded by these
-but by `ControlSpec.penalty`.
+but lies below the lowest of the run by `ControlSpec.penalty`.
 """
 
 from __future__ import annotations

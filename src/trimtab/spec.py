@@ -75,7 +75,8 @@ class ControlSpec:
         knob_options: Options of each knob (bounds, hold_decay), by its name.
         signals: Names of the signals observed, in order; S of them.
         reward: Name of the reward.
-        penalty: Reward of an interval that was rolled back or ended the run.
+        penalty: What is added, for an interval that was rolled back or ended the run, to the lowest reward of the
+            run so far (at most 0): below it in any reward's unit, so that a bad interval never pays.
         actions: How an action becomes a setting.
         timing: When decisions are taken.
         base: The schedule under the first knob, "lr".

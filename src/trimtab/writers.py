@@ -7,6 +7,7 @@ of them winning, is the error that this project exists to end (FINDINGS section 
 from __future__ import annotations
 
 import gc
+import itertools
 from typing import Any
 
 from torch.optim import Optimizer
@@ -32,9 +33,8 @@ def _holders(optimizer: Optimizer, but: object) -> list[Any]:
     holders = []
     everything = gc.get_objects()
     kinds = {kind for kind in set(map(type, everything)) if issubclass(kind, LRScheduler) or _is_controller(kind)}
-    for item in everything if kinds else ():
-        if type(item) not in kinds:
-            continue
+    # Half a million objects: what looks at each of them has to be written in C.
+    for item in itertools.compress(everything, map(kinds.__contains__, map(type, everything))):
         controller = item if _is_controller(type(item)) else vars(item).get("_controller")
         holder = vars(item) if controller is None else vars(vars(controller).get("state", item))
         has_ended = controller is not None and vars(controller).get("status", "running") != "running"

@@ -272,7 +272,8 @@ def test_a_diverged_interval_is_penalised_without_a_guard_too() -> None:
     for t in range(15):
         toy.step()
         controller.step(math.inf if t >= 5 else 2.0)
-    assert [transition[2][0] for transition in agent.transitions] == [-50.0, -50.0]
+    # The first interval was rewarded with -2: the others lie 50 below it.
+    assert [transition[2][0] for transition in agent.transitions] == [-52.0, -52.0]
 
 
 def test_use_mode_learns_nothing_and_takes_the_best_known_action() -> None:

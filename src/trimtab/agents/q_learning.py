@@ -92,6 +92,8 @@ class QLearning(Agent):
         for key, value in shares.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise InputError(f"q_learning: {key} is {value!r}; expected a number in [0, 1]")
+        if learning_rate == 0:
+            raise InputError("q_learning: learning_rate is 0; a table that never learns is the mode 'use'")
         if epsilon_schedule not in SCHEDULES_OF_EPSILON:
             raise unknown_name("epsilon schedule", epsilon_schedule, SCHEDULES_OF_EPSILON)
         if epsilon_decisions < 1 or n_knobs < 1:

@@ -65,7 +65,7 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict of JSON types."""
-        return asdict(self)
+        return {**asdict(self), "knobs": list(self.knobs)}
 
 
 def plan_jobs(study: Study) -> list[Job]:

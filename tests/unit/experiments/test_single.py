@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def test_files_of_a_run_agree_with_each_other(tmp_path):
     assert result["test_reads"] == 1
     assert result["n_decisions"] == 5
     settings = [0.01, *(row["setting"] for row in decisions)]
-    moved = sum(old != new for old, new in zip(settings, settings[1:], strict=False))
+    moved = sum(old != new for old, new in itertools.pairwise(settings))
     assert result["n_interventions"] == moved > 0
 
 
