@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["FlatView", "Floats"]
+__all__ = ["FlatView", "Floats", "gather"]
 
 SMALL_UP_TO = 200_000  # numbers in all, 0.8 MB: above it arithmetic dominates, and copies should not lie end to end
 
@@ -66,3 +66,11 @@ class FlatView:
         return [
             whole[start:end].view(tensor.shape) for (_, start, end), tensor in zip(self._places, tensors, strict=True)
         ]
+
+
+def gather(numbers: Sequence[Tensor]) -> Tensor:
+    """Tensors of one number each as one tensor of float64, on the first one's device."""
+    first = numbers[0]
+    if all([number.device == first.device and number.dtype == first.dtype for number in numbers]):
+        return torch.stack(list(numbers)).double()
+    return torch.stack([number.to(first.device, torch.float64) for number in numbers])

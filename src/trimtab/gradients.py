@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trimtab.flat import FlatView, Floats
+from trimtab.flat import FlatView, Floats, gather
 
 __all__ = ["GradientProbe", "measure_each", "measure_rows"]
 
@@ -263,11 +263,9 @@ def _are_like(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 def measure_each(updates: Sequence[Tensor], weights: list[Tensor], gradients: list[Tensor]) -> Tensor:
     """The same, tensor by tensor: for networks too large, or too mixed, to be laid end to end."""
-    device = weights[0].device
-    norms = [torch._foreach_norm(tensors) for tensors in (list(updates), weights, gradients)]
-    products = [_dot(g, u).to(device, torch.float64) for g, u in zip(gradients, updates, strict=True)]
-    rows = [torch.stack([value.to(device, torch.float64) for value in row]) for row in norms]
-    return torch.stack([*(torch.linalg.vector_norm(row) for row in rows), torch.stack(products).sum()])
+    norms = [torch.linalg.vector_norm(gather(torch._foreach_norm(row))) for row in (list(updates), weights, gradients)]
+    product = gather([_dot(g, u) for g, u in zip(gradients, updates, strict=True)]).sum()
+    return torch.stack([*norms, product])
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trimtab.errors import InputError, unknown_name
-from trimtab.flat import FlatView, Floats
+from trimtab.flat import FlatView, Floats, gather
 from trimtab.run_state import RunState, Value
 
 __all__ = ["GOOD", "Gate", "Guard", "Safety", "Snapshot", "Verdict", "log_noise"]
@@ -266,13 +266,10 @@ class Snapshot:
             view.copy_to(self._scratch)
             with np.errstate(all="ignore"):
                 return float(self._scratch.dot(self._scratch))
-        device = parameters[0].device
-        # Summed in float32 where the weights are of half precision: float16 ends at 65,504.
-        sums = [
-            p.detach().sum(dtype=torch.float32 if p.dtype == torch.float16 else None).to(device, torch.float64)
-            for p in parameters
-        ]
-        return torch.stack(sums).sum().view(1)
+        weights = [parameter.detach() for parameter in parameters]
+        if any([weight.dtype == torch.float16 for weight in weights]):  # it ends at 65,504, which a norm may pass
+            return gather([weight.sum(dtype=torch.float32) for weight in weights]).sum().view(1)
+        return gather(torch._foreach_norm(weights)).sum().view(1)
 
     def take(self) -> None:
         """Copy what is there now over the copy before."""
