@@ -233,7 +233,6 @@ class Snapshot:
         self._has_values = False  # whether an optimizer keeps more than tensors, to be looked at every time
         self._counts = (0, 0)
         self._layout: list[dict[str, Any]] = []
-        self.is_taken = False
 
     @property
     def size_bytes(self) -> int:
@@ -304,7 +303,6 @@ class Snapshot:
             for parameter in parameters
         ]
         self._has_values = any(kind != _TENSOR for entry in self._layout for kind in entry.values())
-        self.is_taken = True
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -336,7 +334,6 @@ class Snapshot:
             "tensors": [tensor.clone() for tensor in self._tensors],
             "counts": list(self._counts),
             "layout": [copy.deepcopy(entry) for entry in self._layout],
-            "is_taken": self.is_taken,
         }
 
     def check(self, state: dict[str, Any]) -> None:
@@ -360,7 +357,6 @@ class Snapshot:
         self._copied, self._view = [], None
         self._counts = (state["counts"][0], state["counts"][1])
         self._layout = [dict(entry) for entry in state["layout"]]
-        self.is_taken = state["is_taken"]
 
 
 def _number(value: Value) -> float:

@@ -293,7 +293,7 @@ class Plateau(Agent):
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], State | None]:
-        del episode_start, deterministic
+        del deterministic
         loss = observation[:, 0]
         if state is None:
             state = (
@@ -302,6 +302,9 @@ class Plateau(Agent):
                 np.zeros(loss.shape, np.int64),
             )
         best, n_bad, cooling = state
+        if episode_start is not None:
+            best = np.where(episode_start, np.inf, best)
+            n_bad, cooling = np.where(episode_start, 0, n_bad), np.where(episode_start, 0, cooling)
         is_better = loss < best * (1.0 - self._threshold)
         best = np.where(is_better, loss, best)
         n_bad = np.where(is_better, 0, n_bad + 1)
@@ -365,8 +368,10 @@ class Replay(Agent):
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], State | None]:
-        del episode_start, deterministic
+        del deterministic
         index = np.zeros(observation.shape[0], np.int64) if state is None else state[0]
+        if episode_start is not None:
+            index = np.where(episode_start, 0, index)
         return self._settings[np.minimum(index, len(self._settings) - 1)], (index + 1,)
 
 

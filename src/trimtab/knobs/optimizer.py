@@ -121,10 +121,6 @@ class _GroupKnob(Knob):
         self._seen[index] = (present, present._version)
         return True
 
-    def values(self) -> list[float]:
-        """What was written last, per param group."""
-        return list(self._written)
-
     def state_dict(self) -> dict[str, Any]:
         return {"initial": list(self._initial), "written": list(self._written), "reference": self._reference}
 
