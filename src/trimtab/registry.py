@@ -72,6 +72,26 @@ _SIGNALS = {
     "lr_log_ratio_start": Entry("trimtab.signals:lr_log_ratio_start", "log10 of the rate's level over its start"),
     "lr_unit": Entry("trimtab.signals:lr_unit", "present learning rate on the unit interval of its bounds"),
     "weight_decay_unit": Entry("trimtab.signals:weight_decay_unit", "present weight decay on the unit interval"),
+    "interval_loss_log_ratio": Entry(
+        "trimtab.signals:interval_loss_log_ratio", "log of the interval's train loss over the one before"
+    ),
+    "val_loss_log_ratio_start": Entry(
+        "trimtab.signals:val_loss_log_ratio_start", "log of validation loss over the first one"
+    ),
+    "has_val_loss": Entry("trimtab.signals:has_val_loss", "whether a validation loss was measured in the interval"),
+    "loss_noise": Entry("trimtab.signals:loss_noise", "log of the train losses' spread within the interval"),
+    "update_to_weight_min": Entry("trimtab.signals:update_to_weight_min", "update_to_weight of the slowest layer"),
+    "update_to_weight_median": Entry("trimtab.signals:update_to_weight_median", "update_to_weight of the median layer"),
+    "update_to_weight_max": Entry("trimtab.signals:update_to_weight_max", "update_to_weight of the fastest layer"),
+    "last_move": Entry("trimtab.signals:last_move", "log10 of the factor of the rate's last move"),
+    "rollback_memory": Entry("trimtab.signals:rollback_memory", "1 after a roll-back, fading"),
+    "lr_log_ratio_bad": Entry(
+        "trimtab.signals:lr_log_ratio_bad", "log10 of the rate's level over the lowest that was rolled back"
+    ),
+    "interval_log_ratio": Entry(
+        "trimtab.signals:interval_log_ratio", "log of the interval's steps over those of an ordinary one"
+    ),
+    "budget_log_steps": Entry("trimtab.signals:budget_log_steps", "log10 of the budget in optimizer steps over 300"),
     "watched_loss": Entry("trimtab.signals:watched_loss", "validation loss, or train loss where there is none (raw)"),
 }
 _REWARDS = {
@@ -81,6 +101,7 @@ _REWARDS = {
     "accuracy_improvement": Entry(
         "trimtab.rewards:accuracy_improvement", "rise of the accuracy since the last decision"
     ),
+    "score_rank": Entry("trimtab.rewards:score_rank", "rank among the runs of a task at the end of the episode"),
 }
 _TABLES: dict[str, dict[str, Entry]] = {
     "task": _TASKS,

@@ -11,7 +11,7 @@ import numpy as np
 
 from trimtab.run_state import Array, Interval, RunState, Value
 
-__all__ = ["accuracy_improvement", "improvement", "log_improvement", "negative_loss"]
+__all__ = ["accuracy_improvement", "improvement", "log_improvement", "negative_loss", "score_rank"]
 
 
 def _array(value: Value) -> Array:
@@ -46,3 +46,25 @@ def log_improvement(state: RunState) -> Array:
 def accuracy_improvement(state: RunState) -> Array:
     """Rise of the validation accuracy, in shares of 1; 0 where no accuracy is reported; (R,)."""
     return _array(state.current.accuracy - state.previous.accuracy)
+
+
+def score_rank(state: RunState) -> Array:
+    """Minus the rank of the run's final loss on the score split among the runs of its task, in [-0.5, 0.5]; (R,).
+
+    0 before the episode's end, and for a run on its own. Equal losses share their mean rank; a loss that is not
+    finite is the worst. Ranks are the same whatever the task's unit of loss, and a whole episode has one: a reward
+    of every interval makes an agent greedy (FINDINGS section 5).
+    """
+    score = np.atleast_1d(np.asarray(state.score_loss, dtype=np.float64))
+    n_runs = max(len(score), len(np.atleast_1d(np.asarray(state.current.train_loss))))
+    out = np.zeros(n_runs)
+    if state.groups is None or np.isnan(state.score_loss).all():
+        return out
+    worst_if_bad = np.where(np.isfinite(score), score, np.inf)
+    for group in np.unique(state.groups):
+        members = np.flatnonzero(state.groups == group)
+        if len(members) > 1:
+            mine, theirs = worst_if_bad[members, None], worst_if_bad[None, members]
+            better = (theirs < mine).sum(1) + 0.5 * ((theirs == mine).sum(1) - 1)  # equal ones share their mean rank
+            out[members] = 0.5 - better / (len(members) - 1)
+    return out

@@ -41,6 +41,11 @@ class Interval(NamedTuple):
         grad_update_cosine: Mean cosine between g_t and u_(t-1), where theta_t = theta_(t-1) - u_(t-1): positive
             when the last step was too short.
         update_ratio: Mean of |u| / |theta| over the measured steps.
+        loss_std: Standard deviation of the interval's train losses.
+        layer_ratio_min: Smallest over the layers (matrices and kernels) of the mean of |u| / |theta|.
+        layer_ratio_median: Median over the layers (the lower one of two).
+        layer_ratio_max: Largest over the layers.
+        n_steps: Optimizer steps in the interval.
     """
 
     train_loss: Value = math.nan
@@ -51,6 +56,11 @@ class Interval(NamedTuple):
     grad_norm: Value = math.nan
     grad_update_cosine: Value = math.nan
     update_ratio: Value = math.nan
+    loss_std: Value = math.nan
+    layer_ratio_min: Value = math.nan
+    layer_ratio_median: Value = math.nan
+    layer_ratio_max: Value = math.nan
+    n_steps: Value = math.nan
 
 
 class Summary(NamedTuple):
@@ -91,6 +101,12 @@ class RunState:
         settings: Level of each knob, in its unit, before the base schedule.
         initial_settings: Level of each knob at the start.
         to_unit: For each knob the map from its settings to the unit interval of its bounds.
+        last_moves: log10 of the factor by which each knob was moved last, by whomever; 0 before the first move.
+        rollback_memory: 1 after a roll-back, and then forgotten by a fifth at each decision.
+        lowest_bad_rate: Lowest setting of the rate that was rolled back; NaN where none was.
+        main_interval: Steps of an ordinary interval, that is of the decisions after the early ones.
+        score_loss: Loss on the score split at the end of an episode of learning; NaN before, and in use.
+        groups: Which runs are compared with one another in such an episode: the same number, the same task; (R,).
     """
 
     def __init__(
@@ -110,6 +126,12 @@ class RunState:
         self.settings: dict[str, Value] = {}
         self.initial_settings: dict[str, Value] = {}
         self.to_unit: dict[str, Callable[[Array], Array]] = {}
+        self.last_moves: dict[str, Value] = {}
+        self.rollback_memory: Value = 0.0
+        self.lowest_bad_rate: Value = math.nan
+        self.main_interval: Value = math.nan
+        self.score_loss: Value = math.nan
+        self.groups: npt.NDArray[np.int64] | None = None
 
     @property
     def current(self) -> Interval:
@@ -127,6 +149,25 @@ class RunState:
         if self.total_steps is None:
             return math.nan
         return min(1.0, self.optimizer_steps / self.total_steps)
+
+    @property
+    def budget(self) -> Value:
+        """The budget in optimizer steps; NaN where the horizon is unknown."""
+        return math.nan if self.total_steps is None else float(self.total_steps)
+
+    def note_move(self, knob: str, before: Value, now: Value) -> None:
+        """Take in that a knob was moved, by whomever."""
+        self.last_moves[knob] = _decades(before, now)
+
+    def note_rollback(self, rolled_back: bool | npt.NDArray[np.bool_], rate: Value) -> None:
+        """Take in, once at each decision, which runs were rolled back, and from which setting of the rate."""
+        if isinstance(rolled_back, np.ndarray):
+            self.rollback_memory = np.where(rolled_back, 1.0, 0.8 * np.asarray(self.rollback_memory))
+            self.lowest_bad_rate = np.where(rolled_back, np.fmin(self.lowest_bad_rate, rate), self.lowest_bad_rate)
+        else:
+            self.rollback_memory = 1.0 if rolled_back else 0.8 * self.rollback_memory
+            if rolled_back:
+                self.lowest_bad_rate = _lower(self.lowest_bad_rate, rate)
 
     def note_val_loss(self, val_loss: Value) -> None:
         """Take in a validation loss, at any time; the first one is the initial one."""
@@ -164,6 +205,10 @@ class RunState:
             "rest": [_plain(value) for value in summary[2:]],
             "settings": {key: _plain(value) for key, value in self.settings.items()},
             "initial_settings": {key: _plain(value) for key, value in self.initial_settings.items()},
+            "last_moves": {key: _plain(value) for key, value in self.last_moves.items()},
+            "rollback_memory": _plain(self.rollback_memory),
+            "lowest_bad_rate": _plain(self.lowest_bad_rate),
+            "main_interval": _plain(self.main_interval),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -175,6 +220,10 @@ class RunState:
         self.summary = Summary(Interval(*current), Interval(*previous), *rest)
         self.settings = {key: _value(value) for key, value in state["settings"].items()}
         self.initial_settings = {key: _value(value) for key, value in state["initial_settings"].items()}
+        self.last_moves = {key: _value(value) for key, value in state["last_moves"].items()}
+        self.rollback_memory = _value(state["rollback_memory"])
+        self.lowest_bad_rate = _value(state["lowest_bad_rate"])
+        self.main_interval = _value(state["main_interval"])
 
 
 def _first(kept: Value, new: Value) -> Value:
@@ -189,6 +238,17 @@ def _lower(kept: Value, new: Value) -> Value:
     if isinstance(kept, np.ndarray) or isinstance(new, np.ndarray):
         return np.asarray(np.fmin(kept, new))
     return new if new < kept or kept != kept else kept
+
+
+def _decades(before: Value, now: Value) -> Value:
+    """log10(now / before); 0 where one of them is not positive."""
+    if isinstance(before, np.ndarray) or isinstance(now, np.ndarray):
+        before, now = np.broadcast_arrays(np.asarray(before, np.float64), np.asarray(now, np.float64))
+        out = np.zeros(before.shape)
+        good = (before > 0) & (now > 0)
+        out[good] = np.log10(now[good] / before[good])
+        return out
+    return math.log10(now / before) if before > 0 and now > 0 else 0.0
 
 
 def _plain(value: Value) -> float | list[float]:

@@ -17,6 +17,8 @@ from trimtab.run_state import Array, RunState, Value
 
 __all__ = ["Signal", "observe"]
 
+_LOG_300 = math.log10(300.0)
+
 
 @dataclass(frozen=True)
 class Signal:
@@ -75,6 +77,21 @@ def _worst_if_nan(loss: Value) -> Value:
     return np.asarray(np.where(np.isnan(loss), np.inf, loss))
 
 
+def _is_known(value: Value) -> Value:
+    if isinstance(value, float):
+        return float(value == value)
+    return np.where(np.isnan(value), 0.0, 1.0)
+
+
+def _log_share(part: Value, whole: Value) -> Value:
+    """log(part / whole + 0.001) + 2; NaN where the whole is not positive."""
+    if isinstance(part, float) and isinstance(whole, float):
+        known = 0 <= part < math.inf and 0 < whole < math.inf
+        return math.log(part / whole + 0.001) + 2.0 if known else math.nan
+    with np.errstate(all="ignore"):
+        return np.asarray(np.where((part >= 0) & (whole > 0), np.log(part / whole + 0.001) + 2.0, np.nan))
+
+
 def _unit(state: RunState, knob: str) -> Value:
     return np.asarray(state.to_unit[knob](np.atleast_1d(state.settings[knob])))
 
@@ -105,6 +122,28 @@ lr_log_ratio_start = Signal(lambda s: _log10(s.settings["lr"] / s.initial_settin
 lr_unit = Signal(lambda s: _unit(s, "lr"), 0.0, 1.0)
 # weight decay on the unit interval of its bounds (log scale)
 weight_decay_unit = Signal(lambda s: _unit(s, "weight_decay"), 0.0, 1.0)
+# log(mean train loss of the interval / of the one before), not smoothed
+interval_loss_log_ratio = Signal(lambda s: _log_ratio(s.current.train_loss, s.previous.train_loss), -3.0, 3.0)
+# log(validation loss / the first one)
+val_loss_log_ratio_start = Signal(lambda s: _log_ratio(s.current.val_loss, s.summary.initial_val_loss), -6.0, 3.0)
+# 1 where a validation loss was measured in this interval, 0 where not
+has_val_loss = Signal(lambda s: _is_known(s.current.val_loss), 0.0, 1.0)
+# log(standard deviation of the interval's train losses / their mean, + 0.001) + 2
+loss_noise = Signal(lambda s: _log_share(s.current.loss_std, s.current.train_loss), -5.0, 3.0)
+# log10(|u| / |theta|) + 2.5 of the layer (matrix or kernel) where it is smallest, median, largest
+update_to_weight_min = Signal(lambda s: _log10(s.current.layer_ratio_min) + 2.5, -3.0, 3.0)
+update_to_weight_median = Signal(lambda s: _log10(s.current.layer_ratio_median) + 2.5, -3.0, 3.0)
+update_to_weight_max = Signal(lambda s: _log10(s.current.layer_ratio_max) + 2.5, -3.0, 3.0)
+# log10 of the factor by which the rate was moved last, by agent or guard; 0 before the first move
+last_move = Signal(lambda s: s.last_moves.get("lr", 0.0), -2.0, 2.0)
+# 1 after a roll-back, then 0.8 of it at each decision
+rollback_memory = Signal(lambda s: s.rollback_memory, 0.0, 1.0)
+# log10(level of the rate / the lowest one that was rolled back); 0 where none was
+lr_log_ratio_bad = Signal(lambda s: _log10(s.settings["lr"] / s.lowest_bad_rate), -3.0, 3.0)
+# log(steps of the interval / of an ordinary one): how much the numbers of a short early one can be trusted
+interval_log_ratio = Signal(lambda s: _log_ratio(s.current.n_steps, s.main_interval), -4.0, 4.0)
+# log10(budget in optimizer steps / 300); 0 where the horizon is unknown
+budget_log_steps = Signal(lambda s: _log10(s.budget) - _LOG_300, -1.5, 1.5)
 # raw: validation loss, or the interval's train loss where there is none; for rules that compare losses themselves
 # (NaN is the worst, so that a run that has diverged is never taken for one with a loss of 0)
 watched_loss = Signal(lambda s: _worst_if_nan(s.watched_loss()), -1e30, 1e30)

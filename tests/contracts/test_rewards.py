@@ -16,7 +16,7 @@ from trimtab.testing.contract import make_state
 
 @pytest.mark.parametrize("name", registry.names("reward"))
 def test_registered_rewards(name: str) -> None:
-    check_reward(registry.load("reward", name))
+    check_reward(registry.load("reward", name), is_ranked=name == "score_rank")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,13 @@ def test_registered_rewards(name: str) -> None:
 )
 def test_values(name: str, value: float) -> None:
     assert float(registry.load("reward", name)(make_state(3))[0]) == pytest.approx(value, abs=1e-12)
+
+
+def test_score_rank_shares_the_rank_of_equal_losses() -> None:
+    state = make_state(3, n_runs=5)
+    state.groups = np.array([7, 7, 7, 7, 7])
+    state.score_loss = np.array([0.5, 0.1, 0.5, np.nan, 0.9])
+    assert registry.load("reward", "score_rank")(state).tolist() == [0.125, 0.5, 0.125, -0.5, -0.25]
 
 
 def test_without_validation_the_train_loss_counts() -> None:

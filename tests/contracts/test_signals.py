@@ -46,6 +46,18 @@ EXPECTED = {
     "lr_unit": math.log(0.02 / 1e-7) / math.log(31.6 / 1e-7),
     "weight_decay_unit": math.log(0.1 / 1e-6) / math.log(1.0 / 1e-6),
     "watched_loss": 1.95,
+    "interval_loss_log_ratio": math.log(1.7 / 1.9),
+    "val_loss_log_ratio_start": math.log(1.95 / 2.35),
+    "has_val_loss": 1.0,
+    "loss_noise": math.log(0.1 / 1.7 + 0.001) + 2.0,
+    "update_to_weight_min": -0.5,
+    "update_to_weight_median": math.log10(0.003) + 2.5,
+    "update_to_weight_max": math.log10(0.02) + 2.5,
+    "last_move": 0.2,
+    "rollback_memory": 0.64,
+    "lr_log_ratio_bad": -1.0,
+    "interval_log_ratio": math.log(10 / 20),
+    "budget_log_steps": math.log10(100 / 300),
 }
 
 

@@ -104,8 +104,10 @@ def make_state(
     for knob, now, start, low, high in (("lr", 0.02, 0.01, 1e-7, 31.6), ("weight_decay", 0.1, 0.1, 1e-6, 1.0)):
         state.settings[knob], state.initial_settings[knob] = value(now), value(start)
         state.to_unit[knob] = lambda x, low=low, high=high: np.log(x / low) / np.log(high / low)  # type: ignore[misc]
+    state.last_moves["lr"], state.rollback_memory, state.lowest_bad_rate = value(0.2), value(0.64), value(0.2)
+    state.main_interval = value(20.0)
     if n_runs is not None:
-        nothing = Interval(*[np.full(n_runs, np.nan)] * 8)
+        nothing = Interval(*[np.full(n_runs, np.nan)] * len(Interval._fields))
         state.initial_loss = np.full(n_runs, np.nan)
         state.summary = Summary(nothing, nothing, *[np.full(n_runs, np.nan)] * 5)
     for number, (mean, early, late, validation) in enumerate(_LOSSES[:n_intervals]):
@@ -115,6 +117,7 @@ def make_state(
             for loss in (mean, early, late, validation)
         ]
         measured = [value(0.5 + 0.1 * number), value(3.0 - number), value(0.2), value(0.004 * (number + 1))]
+        measured += [value(scale * 0.1), value(0.001), value(0.003), value(0.02), value(10.0)]
         state.initial_loss = value(scale * 2.5)
         state.optimizer_steps = 10 * (number + 1)
         state.record(Interval(*losses, *measured))

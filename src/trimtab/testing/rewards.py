@@ -16,11 +16,12 @@ from trimtab.testing.contract import make_state, require
 __all__ = ["check_reward"]
 
 
-def check_reward(reward: Callable[[RunState], Array]) -> None:
+def check_reward(reward: Callable[[RunState], Array], *, is_ranked: bool = False) -> None:
     """Check that a reward keeps its contract.
 
     Args:
         reward: RunState -> (R,), higher is better.
+        is_ranked: It compares runs of one task at the end of an episode, and is 0 before.
 
     Raises:
         ContractError: Names what was broken.
@@ -35,6 +36,18 @@ def check_reward(reward: Callable[[RunState], Array]) -> None:
         require(near, f"{who}: {one} for a single run, {many} for three of which the first is equal")
     for bad in (math.nan, math.inf, 0.0):
         _look(reward, make_state(2, bad=bad), f"{who}, a loss of {bad}", 1)
+    if is_ranked:
+        state = make_state(3, n_runs=4)
+        state.groups = np.array([0, 0, 0, 1])
+        before = _look(reward, state, who, 4)
+        require(not before.any(), f"{who}: {before} before the end; expected zeros")
+        state.score_loss = np.array([0.3, 0.2, np.inf, 0.1])
+        at_end = _look(reward, state, who, 4)
+        in_order = at_end[1] > at_end[0] > at_end[2]
+        require(
+            bool(in_order) and at_end[3] == 0, f"{who}: {at_end} for losses {state.score_loss} of a task and one alone"
+        )
+        return
     better, worse = (
         float(_look(reward, _after(loss, accuracy), who, 1)[0]) for loss, accuracy in ((1.5, 0.7), (1.8, 0.5))
     )

@@ -1,0 +1,330 @@
+"""BatchedTraining: R small networks trained at once, each with data, order, weights and settings of its own.
+
+Called by environments; it knows no reinforcement learning. Every run is the run that `TrainingLoop` makes of the same
+task and seed (tests/parity/test_batched.py), for a hundredth to a tenth of its cost. The caller owns the clock and
+the rates: `optimizer.lr` and `optimizer.weight_decay` act at the next step.
+
+What is drawn comes from each run's own streams "data order" and "weights", those of `TrainingLoop`, and for dropout
+from a hash of the run's seed, the step and the unit, so that a run does not depend on those beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab.errors import InputError, unknown_name
+from trimtab.seeding import derive_seed, torch_generator
+from trimtab.tasks.base import Split
+from trimtab.tasks.small import SmallTask
+from trimtab.training.batched_optimizer import BatchedOptimizer
+from trimtab.training.stacked import segments, stack
+
+__all__ = ["BatchedTraining", "IntervalStats"]
+
+_SPLITS = ("train", "val", "score", "test")
+MEASURE_EVERY = 10  # steps between two measurements within an interval: those of `trimtab.gradients`
+
+
+class IntervalStats(NamedTuple):
+    """What was measured in some steps of R runs.
+
+    Attributes:
+        losses: Train loss of every step, (n, R).
+        norms: |u|, |theta|, |g| and <g, u> at each measured step, (m, 4, R); u is the update before, as
+            theta_t = theta_(t-1) - u.
+        layer_ratios: |u| / |theta| of each matrix or kernel, (m, layers, R); NaN where a run has no such layer.
+    """
+
+    losses: Tensor
+    norms: Tensor
+    layer_ratios: Tensor
+
+
+class BatchedTraining:
+    """R training runs that step together.
+
+    Args:
+        tasks: What each run trains; a task may stand for several runs, and its data are then stored once. All have
+            one batch size and networks that can be stacked; runs of one activation, optimizer and kind are faster
+            side by side.
+        seeds: Root seed of each run, (R,).
+        lr: Initial rate of each run, (R,).
+        device: Where they run.
+        dtype: Of weights and data.
+
+    Attributes:
+        n_runs: R.
+        optimizer: Holds the rates and decays, to be written in place.
+        parameters: (R, P), padding included.
+
+    Raises:
+        InputError: The tasks cannot be trained as one batch.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[SmallTask],
+        seeds: Sequence[int],
+        lr: Sequence[float],
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.n_runs = len(tasks)
+        if not tasks or not len(seeds) == len(lr) == self.n_runs:
+            raise InputError(f"{len(tasks)} tasks, {len(seeds)} seeds, {len(lr)} rates; expected one of each a run")
+        sizes = sorted({task.batch_size for task in tasks})
+        if len(sizes) != 1:
+            raise InputError(f"batch sizes {sizes} cannot be trained together; make one batch of runs a size")
+        self._batch_size = sizes[0]
+        self._device = torch.device(device)
+        self._network = stack(
+            [task.network for task in tasks],
+            [tuple(task.train.inputs.shape[1:]) for task in tasks],
+            [task.n_outputs for task in tasks],
+            self._device,
+        )
+        self.parameters = self._network.draw(seeds, dtype)
+        self._views = [view.requires_grad_() for view in self._network.views(self.parameters)]
+        self._gradient = torch.zeros_like(self.parameters)
+        decays = torch.zeros(self._network.n_parameters, dtype=torch.bool)
+        for layer in self._network.layers:
+            decays[layer.weights] = True
+        self.optimizer = BatchedOptimizer(
+            [task.optimizer for task in tasks],
+            [task.momentum for task in tasks],
+            [task.betas for task in tasks],
+            decays,
+            self.parameters,
+        )
+        self.optimizer.lr[:, 0] = torch.tensor(lr, dtype=dtype)
+        self.optimizer.weight_decay[:, 0] = torch.tensor([task.weight_decay for task in tasks], dtype=dtype)
+        self.optimizer.look_at_decay()
+        distinct = list({id(task): task for task in tasks}.values())
+        places = {id(task): place for place, task in enumerate(distinct)}
+        self._task_of = torch.tensor([places[id(task)] for task in tasks], device=self._device)
+        self._kinds = segments([task.kind for task in tasks])
+        self._data = {
+            name: _Padded([getattr(task, name) for task in distinct], self._task_of, dtype, self._device)
+            for name in _SPLITS
+        }
+        self._orders = _Orders([len(task.train.inputs) for task in tasks], seeds, self._batch_size, self._device)
+        n_outputs = [task.n_outputs for task in tasks]
+        self._no_class: Tensor | None = None
+        if min(n_outputs) != max(n_outputs):
+            beyond = torch.arange(max(n_outputs)) >= torch.tensor(n_outputs).unsqueeze(1)
+            is_class = torch.tensor([task.kind == "classification" for task in tasks]).unsqueeze(1)
+            self._no_class = torch.zeros(beyond.shape, dtype=dtype).masked_fill(beyond & is_class, -math.inf)
+            self._no_class = self._no_class.unsqueeze(2).to(self._device)
+        self._dropout = torch.tensor([task.network.dropout for task in tasks], dtype=dtype, device=self._device)
+        self._has_dropout = bool((self._dropout > 0).any())
+        self._dropout_seeds = torch.tensor([derive_seed(seed, "dropout") >> 1 for seed in seeds], device=self._device)
+        self.steps_done = 0
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def run(self, n_steps: int) -> IntervalStats:
+        """Take so many optimizer steps, and measure as a gradient probe does: at the last, and every tenth before it.
+
+        Raises:
+            InputError: No step was asked for.
+        """
+        if n_steps < 1:
+            raise InputError(f"run({n_steps}); expected 1 step or more")
+        losses, norms, ratios = [], [], []
+        before: Tensor | None = None
+        for left in range(n_steps, 0, -1):
+            losses.append(self._backward())
+            if before is not None:
+                row, layers = self._measure(before)
+                norms.append(row)
+                ratios.append(layers)
+                before = None
+            if left % MEASURE_EVERY == 2:
+                before = self.parameters.clone()
+            self.optimizer.step(self._gradient)
+            self.steps_done += 1
+        shape = (0, 4, self.n_runs), (0, len(self._network.layers), self.n_runs)
+        return IntervalStats(
+            torch.stack(losses),
+            torch.stack(norms) if norms else self.parameters.new_zeros(shape[0]),
+            torch.stack(ratios) if ratios else self.parameters.new_zeros(shape[1]),
+        )
+
+    def _backward(self) -> Tensor:
+        """Losses (R,) of the next batches; their gradients go to `_gradient`."""
+        inputs, targets = self._data["train"].take(self._orders.next())
+        outputs = self._network.forward(self._views, inputs, self._drop if self._has_dropout else _keep)
+        losses = self._losses(outputs, targets).mean(1)
+        gradients = torch.autograd.grad(losses.sum(), self._views)
+        torch.cat([gradient.flatten(1) for gradient in gradients], 1, out=self._gradient)
+        return losses.detach()
+
+    def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of every sample; (R, C, B), (R, B) -> (R, B)."""
+        if self._no_class is not None:
+            outputs = outputs + self._no_class
+        parts = []
+        for kind, where in self._kinds:
+            if kind == "classification":
+                parts.append(F.cross_entropy(outputs[where], targets[where].long(), reduction="none"))
+            else:
+                parts.append((outputs[where, 0] - targets[where]) ** 2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _drop(self, layer: int, x: Tensor) -> Tensor:
+        """Dropout by each run's own probability."""
+        keep = 1 - self._dropout.view(-1, 1, 1)
+        uniform = hashed_uniform(self._dropout_seeds, self.steps_done * 16 + layer, x.shape[1:]).to(x.dtype)
+        return x * (uniform < keep) / keep
+
+    def _measure(self, before: Tensor) -> tuple[Tensor, Tensor]:
+        """[|u|, |theta|, |g|, <g, u>] (4, R), and |u| / |theta| of each layer's weights (layers, R)."""
+        now, gradient = self.parameters, self._gradient
+        update = before - now
+        row = torch.stack([
+            torch.linalg.vector_norm(update, dim=1),
+            torch.linalg.vector_norm(now, dim=1),
+            torch.linalg.vector_norm(gradient, dim=1),
+            torch.linalg.vecdot(gradient, update, dim=1),
+        ])  # fmt: skip
+        places = [layer.weights for layer in self._network.layers]
+        ratios = [
+            torch.linalg.vector_norm(update[:, place], dim=1) / torch.linalg.vector_norm(now[:, place], dim=1)
+            for place in places
+        ]
+        return row, torch.stack(ratios)
+
+    # ---- looking ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> Tensor:
+        """Mean loss over a split, without dropout; (R,).
+
+        Raises:
+            UnknownNameError: No such split.
+        """
+        if split not in _SPLITS:
+            raise unknown_name("split", split, _SPLITS)
+        data = self._data[split]
+        inputs, targets = data.whole()
+        losses = self._losses(self._network.forward(self._views, inputs, _keep), targets)
+        return data.mean(losses)
+
+    def parameters_of(self, run: int) -> list[Tensor]:
+        """A run's parameters as the same network in `torch.nn` modules lists them; views on `parameters`."""
+        return self._network.parameters_of(run, self.parameters)
+
+    # ---- keeping and putting back -------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Weights and optimizer state of all runs, copied."""
+        return {name: tensor.clone() for name, tensor in self._kept().items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: dict[str, Tensor], runs: Tensor) -> None:
+        """Put weights and optimizer state of some runs back; their data go on where they are.
+
+        Args:
+            snapshot: What `snapshot` gave.
+            runs: Which runs; (R,), bool.
+        """
+        for name, tensor in self._kept().items():
+            axis = 1 if name == "moments" else 0
+            places = runs.nonzero().squeeze(1)
+            tensor.index_copy_(axis, places, snapshot[name].index_select(axis, places))
+
+    def _kept(self) -> dict[str, Tensor]:
+        return {"parameters": self.parameters, "moments": self.optimizer.moments, "steps": self.optimizer.steps}
+
+
+class _Padded:
+    """One split of several tasks as (tasks, N, ...), shorter ones padded, and each run's way to its own."""
+
+    def __init__(self, splits: Sequence[Split], task_of: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        rows = [len(split.inputs) for split in splits]
+        self._n = max(rows)
+        first = splits[0].inputs
+        self._shape = first.shape[1:] if first.dim() > 2 else (max(split.inputs.shape[1] for split in splits),)
+        inputs = torch.zeros(len(splits), self._n, *self._shape, dtype=dtype)
+        targets = torch.zeros(len(splits), self._n, dtype=dtype)  # classes too: small whole numbers
+        for place, split in enumerate(splits):
+            n, d = split.inputs.shape[:2]
+            inputs[place, :n, :d] = split.inputs.to(dtype)
+            targets[place, :n] = split.targets.to(dtype)
+        self._inputs = inputs.to(device).flatten(0, 1)
+        self._targets = targets.to(device).flatten()
+        self._task_of = task_of
+        self._start = (task_of * self._n).unsqueeze(1)
+        counts = torch.tensor(rows, device=device)[task_of].unsqueeze(1)
+        inside = torch.arange(self._n, device=device) < counts
+        self._weights = inside.to(dtype) / counts
+        self._all = torch.where(inside, torch.arange(self._n, device=device), 0)
+        self._whole: tuple[Tensor, Tensor] | None = None
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (R, B) of each run's split: inputs with the batch last, and targets (R, B)."""
+        places = (rows + self._start).flatten()
+        inputs = self._inputs.index_select(0, places).view(*rows.shape, -1).transpose(1, 2)
+        if len(self._shape) > 1:
+            inputs = inputs.contiguous().view(len(rows), *self._shape[-2:], rows.shape[1])
+        return inputs, self._targets.index_select(0, places).view(rows.shape)
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Every row of each run's split, the same at every call; kept, for it is read at every decision."""
+        if self._whole is None:
+            self._whole = self.take(self._all)
+        return self._whole
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over each run's own rows; (R, N) -> (R,)."""
+        return torch.where(self._weights > 0, values * self._weights, 0.0).sum(1)
+
+
+class _Orders:
+    """Which rows come next in each run: `EpochBatches` for R runs."""
+
+    def __init__(self, counts: Sequence[int], seeds: Sequence[int], batch_size: int, device: torch.device) -> None:
+        if min(counts) < batch_size:
+            raise InputError(f"batch_size {batch_size} is more than the {min(counts)} train samples; make it smaller")
+        self._counts = list(counts)
+        self._generators = [torch_generator(seed, "data order") for seed in seeds]
+        self._batch_size = batch_size
+        self._device = device
+        self._orders = torch.zeros(len(counts), max(counts), dtype=torch.int64)
+        self._limits = torch.tensor([count - batch_size for count in counts])
+        self._positions = torch.tensor(counts)  # the first orders are drawn with the first batch
+        self._steps = torch.arange(batch_size)
+
+    def next(self) -> Tensor:
+        """Rows of the next batches; (R, B)."""
+        for run in (self._positions > self._limits).nonzero().flatten().tolist():
+            count = self._counts[run]
+            self._orders[run, :count] = torch.randperm(count, generator=self._generators[run])
+            self._positions[run] = 0
+        rows = self._orders.gather(1, self._positions.unsqueeze(1) + self._steps)
+        self._positions += self._batch_size
+        return rows.to(self._device, non_blocking=True)
+
+
+def hashed_uniform(seeds: Tensor, count: int, shape: Sequence[int]) -> Tensor:
+    """Numbers in [0, 1) that depend on seed, count and place alone; (R,), -> (R, *shape), float32.
+
+    Source: the finaliser of MurmurHash3 (public domain), on 64-bit whole numbers that wrap around.
+    """
+    places = torch.arange(math.prod(shape), device=seeds.device)
+    mixed = (seeds.unsqueeze(1) ^ (count * 0x9E3779B97F4A7C1 % (1 << 62))) + places * 0x2545F4914F6CDD1D
+    for factor in (-49064778989728563, -4265267296055464877):
+        mixed = (mixed ^ ((mixed >> 33) & 0x7FFFFFFF)) * factor
+    mixed = mixed ^ ((mixed >> 33) & 0x7FFFFFFF)
+    return ((mixed & 0xFFFFFF).to(torch.float32) / (1 << 24)).view(len(seeds), *shape)
+
+
+def _keep(_layer: int, x: Tensor) -> Tensor:
+    return x
