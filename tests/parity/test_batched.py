@@ -131,6 +131,22 @@ def test_a_run_does_not_depend_on_those_beside_it(kind: str) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_factors_multiply_the_rates_step_by_step() -> None:
+    tasks = tasks_of("mlp", optimizer="adamw", weight_decay=0.1)
+    batch = BatchedTraining(tasks, [0] * 4, [1e-2] * 4, dtype=torch.float64)
+    batch.run(3, [1.0, 0.5, 0.25])
+    for run, loop in enumerate(loops_of(tasks, [0] * 4, [1e-2] * 4, torch.float64)):
+        for factor in (1.0, 0.5, 0.25):
+            for group in loop.optimizer.param_groups:
+                group["lr"] = 1e-2 * factor
+            loop.step()
+        for mine, theirs in zip(batch.parameters_of(run), loop.model.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert batch.optimizer.lr.flatten().tolist() == [1e-2] * 4
+    with pytest.raises(InputError, match="a factor for each"):
+        batch.run(3, [1.0, 0.5])
+
+
 def test_padding_stays_zero() -> None:
     tasks = tasks_of("mlp", optimizer="adamw", weight_decay=0.1)
     batch = BatchedTraining(tasks, [0] * 4, [1e-2] * 4)

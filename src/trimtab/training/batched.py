@@ -129,14 +129,18 @@ class BatchedTraining:
 
     # ---- training -----------------------------------------------------------------------------------------------
 
-    def run(self, n_steps: int) -> IntervalStats:
+    def run(self, n_steps: int, factors: Sequence[float] | None = None) -> IntervalStats:
         """Take so many optimizer steps, and measure as a gradient probe does: at the last, and every tenth before it.
 
+        Args:
+            n_steps: At least 1; of a single step nothing but the loss is measured.
+            factors: What all rates are multiplied with in each step; None: 1.
+
         Raises:
-            InputError: No step was asked for.
+            InputError: No step was asked for, or there are not as many factors as steps.
         """
-        if n_steps < 1:
-            raise InputError(f"run({n_steps}); expected 1 step or more")
+        if n_steps < 1 or (factors is not None and len(factors) != n_steps):
+            raise InputError(f"run({n_steps}) with factors {factors}; expected 1 step or more, and a factor for each")
         losses, norms, ratios = [], [], []
         before: Tensor | None = None
         for left in range(n_steps, 0, -1):
@@ -148,7 +152,7 @@ class BatchedTraining:
                 before = None
             if left % MEASURE_EVERY == 2:
                 before = self.parameters.clone()
-            self.optimizer.step(self._gradient)
+            self.optimizer.step(self._gradient, 1.0 if factors is None else factors[n_steps - left])
             self.steps_done += 1
         shape = (0, 4, self.n_runs), (0, len(self._network.layers), self.n_runs)
         return IntervalStats(

@@ -31,7 +31,8 @@ class BatchedOptimizer:
     Attributes:
         lr: Rate of each run; (R, 1), to be written in place.
         weight_decay: Decay of each run; (R, 1), to be written in place.
-        state: First moment (or momentum buffer) and second moment, (2, R, P), then steps taken (R, 1).
+        moments: First moment (or momentum buffer) and second moment; (2, R, P).
+        steps: Steps taken, which a roll-back takes back; (R, 1).
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class BatchedOptimizer:
         self._decays = decays.to(parameters)
         self._has_decay = False
         self.lr = torch.zeros_like(self._momentum)
+        self._rates = self.lr
         self.weight_decay = torch.zeros_like(self._momentum)
         self.moments = parameters.new_zeros((2, *parameters.shape))
         self.steps = torch.zeros_like(self._momentum)
@@ -61,9 +63,15 @@ class BatchedOptimizer:
         self._has_decay = bool((self.weight_decay != 0).any())
 
     @torch.no_grad()
-    def step(self, gradient: Tensor) -> None:
-        """One update of every run; (R, P)."""
+    def step(self, gradient: Tensor, factor: float = 1.0) -> None:
+        """One update of every run.
+
+        Args:
+            gradient: (R, P).
+            factor: What every run's rate is multiplied with in this step: the schedule under a controller.
+        """
         self.steps += 1
+        self._rates = self.lr * factor
         for name, where in self._segments:
             if name == "sgd":
                 self._sgd(gradient[where], where)
@@ -75,10 +83,10 @@ class BatchedOptimizer:
         if self._has_decay:
             gradient = gradient + self.weight_decay[where] * parameters
         buffer.mul_(self._momentum[where]).add_(gradient)
-        parameters.addcmul_(self.lr[where], buffer, value=-1)
+        parameters.addcmul_(self._rates[where], buffer, value=-1)
 
     def _adam(self, gradient: Tensor, where: slice, *, is_decoupled: bool) -> None:
-        parameters, lr, steps = self._parameters[where], self.lr[where], self.steps[where]
+        parameters, lr, steps = self._parameters[where], self._rates[where], self.steps[where]
         if self._has_decay:
             decay = self.weight_decay[where]
             if is_decoupled:
