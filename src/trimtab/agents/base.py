@@ -109,19 +109,24 @@ class Timing:
             total_steps: The budget, or None; the last decision falls on it.
             epoch_steps: Steps of an epoch, needed for "epoch".
         """
-        if index < self.early_decisions:
-            length = 2 if total_steps is None else max(2, round(self.early_share * total_steps))
-        elif self.every == "epoch":
-            length = epoch_steps or 1
-        elif isinstance(self.every, int):
-            length = self.every
-        elif total_steps is None:
-            length = self.unknown_every
-        else:
-            early = self.early_decisions * max(2, round(self.early_share * total_steps))
-            length = max(2, round((total_steps - early) / self.n_decisions))
-        end = step + max(1, length)
+        is_early = index < self.early_decisions
+        length = self._early_length(total_steps) if is_early else self.main_interval(total_steps, epoch_steps)
+        end = step + length
         return end if total_steps is None or step >= total_steps else min(end, total_steps)
+
+    def main_interval(self, total_steps: int | None, epoch_steps: int | None = None) -> int:
+        """Optimizer steps between two decisions after the early ones; arguments as in `next_decision`."""
+        if self.every == "epoch":
+            return epoch_steps or 1
+        if isinstance(self.every, int):
+            return self.every
+        if total_steps is None:
+            return self.unknown_every
+        left = total_steps - self.early_decisions * self._early_length(total_steps)
+        return max(2, round(left / self.n_decisions))
+
+    def _early_length(self, total_steps: int | None) -> int:
+        return 2 if total_steps is None else max(2, round(self.early_share * total_steps))
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,11 @@ class BatchedTraining:
         losses = self._losses(self._network.forward(self._views, inputs, _keep), targets)
         return data.mean(losses)
 
+    def are_finite(self) -> Tensor:
+        """Whether every weight of a run is finite; (R,), bool."""
+        squares: Tensor = torch.linalg.vecdot(self.parameters, self.parameters, dim=1)
+        return squares.isfinite()
+
     def parameters_of(self, run: int) -> list[Tensor]:
         """A run's parameters as the same network in `torch.nn` modules lists them; views on `parameters`."""
         return self._network.parameters_of(run, self.parameters)

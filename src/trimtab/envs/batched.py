@@ -1,0 +1,382 @@
+"""TrainingVectorEnv: R small networks in training, as one Gymnasium vector environment.
+
+Made by `gymnasium.make_vec("trimtab/Training-v0", num_envs=R, families=(...))`. One environment step is one decision
+of every run and the interval after it. All runs of an episode have equally many decisions and end together, so an
+agent may compare them. What the agent sees and does goes through the same `ControlSpec` as in use, and the guard is
+the one of use: an interval that goes wrong is rolled back, the rate divided, and the steps are lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import gymnasium
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+from trimtab.agents.scripted import Schedule
+from trimtab.envs.episodes import Batch, EpisodeOptions, draw_episode
+from trimtab.envs.measuring import summarize
+from trimtab.envs.specs import default_spec
+from trimtab.errors import InputError
+from trimtab.run_state import Array, Interval, RunState, Summary, Value
+from trimtab.safety import Guard, Safety
+from trimtab.seeding import derive_seed, numpy_generator
+from trimtab.spec import ControlSpec
+from trimtab.training.batched import BatchedTraining
+
+__all__ = ["TrainingVectorEnv"]
+
+
+class TrainingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
+    """Learning rates of R runs, each decided on at the same decisions.
+
+    Observation (R, S) and action are those of the spec. The reward is the spec's; an episode ends when the budgets
+    are used up, which is `terminated`, since the progress is observed; nothing is ever truncated. The step after it
+    draws the next episode (Gymnasium's `AutoresetMode.NEXT_STEP`): its action counts for nothing, its reward is 0.
+
+    `infos` has, per run: "lr" as read back from where it acts, "total_steps", "group" (the number of its task),
+    "rolled_back", and at the end of an episode "score_loss", the final loss on the split that is never observed.
+
+    Args:
+        num_envs: R.
+        families: Families of tasks, taken in turn.
+        spec: What is observed and how actions act; None: that of the learned controllers.
+        device: Where the networks are trained.
+        **options: Of `EpisodeOptions`.
+
+    Attributes:
+        control_spec: The spec in use (`spec` is Gymnasium's own).
+
+    Raises:
+        InputError: An argument is wrong; the message names it.
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 (Gymnasium declares it so)
+        "autoreset_mode": AutoresetMode.NEXT_STEP
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        families: Sequence[str] = ("mlp", "quadratic"),
+        spec: ControlSpec | None = None,
+        device: str = "cpu",
+        **options: Any,
+    ) -> None:
+        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
+            raise InputError(f"num_envs is {num_envs!r}; expected a number of runs of 1 or more")
+        known = EpisodeOptions.__dataclass_fields__
+        for key in options:
+            if key not in known:
+                raise InputError(f"unknown option {key!r} of the environment; known: {', '.join(known)}")
+        self.num_envs = num_envs
+        self.control_spec = spec or default_spec()
+        _check_spec(self.control_spec)
+        self.options = EpisodeOptions(families=_names(families), **options)
+        self.device = device
+        self.single_observation_space = self.control_spec.observation_space
+        self.single_action_space = self.control_spec.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._observe = self.control_spec.make_observer()
+        self._reward = self.control_spec.make_reward()
+        self._schedule = self.control_spec.make_schedule()
+        self._knobs = self.control_spec.make_knobs()
+        self._safety = Safety()
+        self._root: int | None = None
+        self._n_episodes = 0
+        self._runs: _Runs | None = None
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """Draw new runs and take their first interval, at the rates they start with.
+
+        Args:
+            seed: All that is drawn from now on depends on it alone; None goes on drawing.
+            options: There are none.
+
+        Returns:
+            The first observation (R, S), and infos.
+
+        Raises:
+            InputError: The seed is not one whole number, or there are options.
+        """
+        if options:
+            raise InputError(f"reset(options={options}); this environment has none, give them when it is made")
+        if seed is not None:
+            if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+                raise InputError(f"seed is {seed!r}; expected one whole number of 0 or more for all runs")
+            self._root, self._n_episodes = int(seed), 0
+        elif self._root is None:
+            self._root = int(np.random.SeedSequence().generate_state(1)[0])
+        episode = derive_seed(self._root, "episode", self._n_episodes, "of runs")
+        self._n_episodes += 1
+        batches = draw_episode(self.options, self.num_envs, self.control_spec.timing, episode)
+        self._runs = _Runs(batches, self)
+        self._runs.advance()
+        return self._runs.observation, self._runs.infos()
+
+    def step(
+        self, actions: npt.NDArray[Any]
+    ) -> tuple[Array, Array, npt.NDArray[np.bool_], npt.NDArray[np.bool_], dict[str, Any]]:
+        """One decision of every run, and the interval after it.
+
+        Args:
+            actions: As the action space has them: (R,) factors' numbers, or (R, K).
+
+        Raises:
+            InputError: `reset` was not called, or the actions do not fit.
+        """
+        runs, nothing = self._runs, np.zeros(self.num_envs, dtype=np.bool_)
+        if runs is None:
+            raise InputError("step() before reset(); call reset(seed=...) first")
+        if runs.is_over:
+            observation, infos = self.reset()
+            return observation, np.zeros(self.num_envs), nothing, nothing, infos
+        runs.act(np.asarray(actions).reshape(self.num_envs, -1))
+        runs.advance()
+        return runs.observation, runs.reward, nothing | runs.is_over, nothing, runs.infos()
+
+
+class _State(RunState):
+    """RunState of runs with budgets of their own."""
+
+    def __init__(self, total_steps: npt.NDArray[np.int64]) -> None:
+        super().__init__(cast(Any, None))  # there is no torch optimizer: rates are written to the batches
+        self.budgets = total_steps.astype(np.float64)
+        self.taken = np.zeros(len(total_steps))
+        nothing = np.full(len(total_steps), np.nan)
+        self.initial_loss = nothing
+        empty = Interval(*[nothing] * len(Interval._fields))
+        self.summary = Summary(empty, empty, *[nothing] * (len(Summary._fields) - 2))
+        self.rollback_memory = np.zeros(len(total_steps))
+        self.lowest_bad_rate = nothing
+
+    @property
+    def progress(self) -> Value:
+        return np.minimum(1.0, self.taken / self.budgets)
+
+    @property
+    def budget(self) -> Value:
+        return self.budgets
+
+
+class _Runs:
+    """The runs of one episode."""
+
+    def __init__(self, batches: list[Batch], env: TrainingVectorEnv) -> None:
+        spec = env.control_spec
+        self._spec, self._timing = spec, spec.timing
+        self._schedule: Schedule = env._schedule
+        self._knobs, self._rate = env._knobs, spec.knobs.index("lr")
+        self._cut = env._safety.cut
+        self._batches = batches
+        self._trainings = [BatchedTraining(b.tasks, b.seeds, b.lr, device=env.device) for b in batches]
+        # Runs of a task stand side by side in the order of the tasks, whatever batch they are in.
+        order = np.argsort(np.concatenate([np.array(b.groups) for b in batches]), kind="stable")
+        places = np.argsort(order)
+        ends = np.cumsum([len(b.tasks) for b in batches])
+        self._places = [places[end - len(b.tasks) : end] for b, end in zip(batches, ends, strict=True)]
+        n_runs = len(order)
+        self.state = state = _State(self._spread([np.full(len(b.tasks), b.total_steps) for b in batches]))
+        state.groups = self._spread([np.array(b.groups) for b in batches])
+        self._chances = self._spread([np.array(b.val_chance) for b in batches])
+        self._rng = numpy_generator(batches[0].seeds[0], "validation")
+        main = [np.full(len(b.tasks), float(self._timing.main_interval(b.total_steps))) for b in batches]
+        state.main_interval = self._spread(main)
+        self._guards = [Guard(env._safety.cut, env._safety.max_rollbacks) for _ in range(n_runs)]
+        self._is_lost = np.zeros(n_runs, dtype=np.bool_)  # given up: the rate is 0 from then on
+        self._is_fresh = np.ones(n_runs, dtype=np.bool_)  # the coming interval begins on good weights
+        self._is_cut = np.zeros(n_runs, dtype=np.bool_)
+        self._observe, self._reward = env._observe, env._reward
+        self.observation = self.reward = np.empty(0)
+        self._lowest_reward = np.zeros(n_runs)
+        self._index = 0
+        self.is_over = False
+        self._settings = np.stack([self._read(knob.name) for knob in self._knobs], axis=1)
+        for column, knob in enumerate(self._knobs):
+            state.settings[knob.name] = state.initial_settings[knob.name] = self._settings[:, column].copy()
+            state.to_unit[knob.name] = knob.to_unit
+
+    def _spread(self, parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """From the batches' order to that of the environment."""
+        out = np.empty(sum(map(len, parts)), dtype=parts[0].dtype)
+        for places, part in zip(self._places, parts, strict=True):
+            out[places] = part
+        return out
+
+    def _read(self, knob: str) -> Array:
+        """A knob's values as they stand where they act; (R,)."""
+        columns = [getattr(t.optimizer, "lr" if knob == "lr" else "weight_decay") for t in self._trainings]
+        return self._spread([column[:, 0].double().cpu().numpy() for column in columns])
+
+    def _write(self) -> None:
+        """Make the settings act; the rates of lost runs are 0."""
+        for column, knob in enumerate(self._knobs):
+            values = (
+                np.where(self._is_lost, 0.0, self._settings[:, column])
+                if knob.name == "lr"
+                else self._settings[:, column]
+            )
+            for places, training in zip(self._places, self._trainings, strict=True):
+                target = training.optimizer.lr if knob.name == "lr" else training.optimizer.weight_decay
+                target[:, 0] = torch.from_numpy(values[places]).to(target)
+                if knob.name == "weight_decay":
+                    training.optimizer.look_at_decay()
+
+    def act(self, actions: npt.NDArray[Any]) -> None:
+        """Move the settings; of a run that was just rolled back the guard has moved the rate, and nothing else does."""
+        asked = self._spec.decode(actions, self._settings)
+        for column, knob in enumerate(self._knobs):
+            before = self._settings[:, column]
+            moved = np.where(asked[:, column] == before, before, knob.clip(asked[:, column]))
+            self._set(column, np.where(self._is_cut | self._is_lost, before, moved), ~self._is_cut)
+        self._write()
+
+    def _set(self, column: int, values: Array, where: npt.NDArray[np.bool_]) -> None:
+        name, state, before = self._knobs[column].name, self.state, self._settings[:, column]
+        known = np.asarray(state.last_moves.get(name, np.zeros(len(before))))
+        state.note_move(name, before, values)
+        state.last_moves[name] = np.where(where, state.last_moves[name], known)
+        self._settings[:, column] = values
+        state.settings[name] = values.copy()
+
+    def advance(self) -> None:
+        """Train to the next decision, look, and roll back what went wrong."""
+        state, timing = self.state, self._timing
+        before = state.summary
+        snapshots, intervals, finite, firsts, noise = [], [], [], [], []
+        for batch, training in zip(self._batches, self._trainings, strict=True):
+            start, total = training.steps_done, batch.total_steps
+            end = timing.next_decision(self._index, start, total, None)
+            snapshots.append(training.snapshot())
+            stats = training.run(end - start, [self._schedule(step, total) for step in range(start, end)])
+            val_loss = training.evaluate("val").double().cpu().numpy()
+            intervals.append(summarize(stats, np.where(np.isnan(val_loss), np.inf, val_loss)))
+            finite.append(training.are_finite().cpu().numpy())
+            losses = stats.losses.double().cpu().numpy()
+            firsts.append(losses[0])
+            noise.append(list(losses[max(1, len(losses) // 2) :].T))
+            self.is_over = end >= total
+        columns = [self._spread(list(parts)) for parts in zip(*intervals, strict=True)]
+        interval = Interval(*columns)
+        is_told = self._rng.random(len(self._chances)) < self._chances
+        interval = interval._replace(val_loss=np.where(is_told, interval.val_loss, np.nan))
+        state.taken = self._spread(
+            [np.full(len(b.tasks), float(t.steps_done)) for b, t in zip(self._batches, self._trainings, strict=True)]
+        )
+        state.record(interval)
+        self._note_first_losses(self._spread(firsts))
+        late: list[Array] = [np.empty(0)] * len(is_told)
+        for places, rows in zip(self._places, noise, strict=True):
+            for place, row in zip(places, rows, strict=True):
+                late[place] = row
+        self._is_cut = bad = self._judge(self._spread(finite), late)
+        state.note_rollback(bad, self._settings[:, self._rate].copy())
+        if self.is_over:
+            score = self._spread([t.evaluate("score").double().cpu().numpy() for t in self._trainings])
+            state.score_loss = np.where(np.isnan(score), np.inf, score)
+        # What agents see, and learn by, is the interval as it was; only then it is undone.
+        self.observation = self._observe(state)
+        reward = self._reward(state)
+        is_bad = bad | ~np.isfinite(np.asarray(state.watched_loss()))
+        self.reward = np.where(is_bad, self._lowest_reward + self._spec.penalty, reward)
+        self._lowest_reward = np.minimum(self._lowest_reward, np.where(is_bad, 0.0, reward))
+        if bad.any():
+            self._undo(bad, before, snapshots)
+        self._index += 1
+
+    def _note_first_losses(self, losses: Array) -> None:
+        """The highest loss at which an interval on good weights began: as `Controller._measure` has it."""
+        known = np.asarray(self.state.initial_loss)
+        take = self._is_fresh & np.isfinite(losses)
+        self.state.initial_loss = np.where(take, np.fmax(known, losses), known)
+        self._is_fresh &= ~take
+
+    def _judge(self, finite: npt.NDArray[np.bool_], late: list[Array]) -> npt.NDArray[np.bool_]:
+        """Which runs are to be rolled back, by the guard of use; it is asked only where it might say so."""
+        bad = np.zeros(len(finite), dtype=np.bool_)
+        suspects = _might_be_bad(self.state, finite) & ~self._is_lost
+        for run, guard in enumerate(self._guards):
+            if not suspects[run]:
+                guard.in_a_row = 0
+                continue
+            verdict = guard.judge(
+                _single(self.state, run), weights_are_finite=bool(finite[run]), losses=late[run].tolist()
+            )
+            bad[run] = verdict.kind != "ok"
+            self._is_lost[run] = verdict.kind == "give_up"
+        return bad
+
+    def _undo(self, bad: npt.NDArray[np.bool_], before: Summary, snapshots: list[dict[str, torch.Tensor]]) -> None:
+        """Put weights, optimizer state and what is known of the run back to the interval's start; divide the rate."""
+        for places, training, snapshot in zip(self._places, self._trainings, snapshots, strict=True):
+            training.restore(snapshot, torch.from_numpy(bad[places]).to(training.parameters.device))
+        now = self.state.summary
+        old = before._replace(initial_val_loss=now.initial_val_loss)
+        self.state.summary = Summary(
+            Interval(*[np.where(bad, was, new) for was, new in zip(old.current, now.current, strict=True)]),
+            Interval(*[np.where(bad, was, new) for was, new in zip(old.previous, now.previous, strict=True)]),
+            *[np.where(bad, was, new) for was, new in zip(old[2:], now[2:], strict=True)],
+        )
+        self._is_fresh |= bad
+        rate = self._settings[:, self._rate]
+        self._set(self._rate, np.where(bad, rate / self._cut, rate), bad)
+        self._write()
+
+    def infos(self) -> dict[str, Any]:
+        """See `TrainingVectorEnv`."""
+        infos = {
+            "lr": self._read("lr"),
+            "total_steps": self.state.budgets.astype(np.int64),
+            "group": self.state.groups,
+            "rolled_back": self._is_cut.copy(),
+        }
+        if self.is_over:
+            infos["score_loss"] = np.asarray(self.state.score_loss)
+        return infos
+
+
+def _might_be_bad(state: RunState, finite: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Every run that a guard could find fault with, and some more: it needs a loss 1.5 times the first, or none."""
+    now, first = state.current, state.summary
+    late = np.where(np.isnan(now.second_half_loss), now.train_loss, now.second_half_loss)
+    with np.errstate(all="ignore"):
+        good = finite & np.isfinite(now.train_loss) & ~(late > 1.5 * np.asarray(state.initial_loss))
+        return ~(good & ~(np.asarray(now.val_loss) > 1.5 * np.asarray(first.initial_val_loss)))
+
+
+def _single(state: RunState, run: int) -> RunState:
+    """What the guard of one run reads of it."""
+    one = RunState(cast(Any, None))
+
+    def number(value: Value) -> float:
+        return float(np.asarray(value)[run])
+
+    summary = state.summary
+    current, previous = (Interval(*map(number, part)) for part in (summary.current, summary.previous))
+    one.summary = Summary(current, previous, *map(number, summary[2:]))
+    one.initial_loss = number(state.initial_loss)
+    return one
+
+
+def _names(families: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(families, str) or not all(isinstance(name, str) for name in families):
+        raise InputError(f"families {families!r}; expected a sequence of names, such as ('mlp',)")
+    return tuple(families)
+
+
+def _check_spec(spec: ControlSpec) -> None:
+    """Refuse what batches of runs cannot honour."""
+    if "lr" not in spec.knobs or set(spec.knobs) - {"lr", "weight_decay"}:
+        raise InputError(f"knobs {spec.knobs}; batches of runs have ('lr',) or ('lr', 'weight_decay')")
+    if spec.knob_options.get("lr", {}).get("hold_decay"):
+        raise InputError("hold_decay=True of the knob 'lr' is not known to batches of runs; leave it out")
+    if spec.reward == "accuracy_improvement":
+        raise InputError("reward 'accuracy_improvement': batches of runs report no accuracy; take another reward")

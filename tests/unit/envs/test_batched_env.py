@@ -1,0 +1,221 @@
+"""The vector environment: what Gymnasium asks of one, that decisions act, that ranks and roll-backs are right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+import trimtab.envs  # registers
+from trimtab.agents.base import Actions, Timing
+from trimtab.envs.batched import TrainingVectorEnv
+from trimtab.envs.episodes import EpisodeOptions, count_decisions, draw_episode, fitting_horizon
+from trimtab.envs.specs import default_spec
+from trimtab.errors import InputError, UnknownNameError
+from trimtab.spec import ControlSpec
+
+SMALL: dict[str, Any] = {"horizon": (52, 60), "runs_per_task": 4, "max_cnn_horizon": 60}
+
+
+def make(n_runs: int = 8, families: tuple[str, ...] = ("quadratic",), **options: Any) -> TrainingVectorEnv:
+    env = gymnasium.make_vec(trimtab.envs.TRAINING, num_envs=n_runs, families=families, **{**SMALL, **options})
+    assert isinstance(env, TrainingVectorEnv)
+    return env
+
+
+def play(env: TrainingVectorEnv, move: float = 0.0) -> list[tuple[Any, ...]]:
+    steps = []
+    while not steps or not steps[-1][2].all():
+        steps.append(env.step(np.full((env.num_envs, 1), move)))
+    return steps
+
+
+@pytest.mark.parametrize("families", [("mlp",), ("quadratic",), ("cnn",), ("mlp", "cnn", "quadratic")])
+def test_all_runs_have_equally_many_decisions_and_end_by_termination(families: tuple[str, ...]) -> None:
+    env = make(10, families)  # 10 is no multiple of 4: the last task has two runs
+    observation, infos = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    assert infos["group"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    steps = play(env)
+    assert len(steps) == 6 + 20 - 1  # the first interval is `reset`'s, at the rate each run starts with
+    for observation, _, terminated, truncated, _ in steps[:-1]:
+        assert env.observation_space.contains(observation)
+        assert not terminated.any()
+        assert not truncated.any()
+    assert not steps[-1][3].any()
+    column = env.control_spec.signals.index("progress")
+    assert (steps[-1][0][:, column] == 1.0).all()
+
+
+def test_the_step_after_the_end_begins_the_next_episode() -> None:
+    env = make()
+    assert env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
+    first, _ = env.reset(seed=0)
+    play(env)
+    observation, reward, terminated, truncated, _ = env.step(np.full((8, 1), 2.0))
+    assert not reward.any()
+    assert not terminated.any()
+    assert not truncated.any()
+    assert not np.array_equal(first, observation)
+    twin = make()
+    twin.reset(seed=0)
+    play(twin, 0.2)  # what was done before does not matter to what is drawn
+    assert np.array_equal(twin.step(np.zeros((8, 1)))[0], observation)
+
+
+def test_a_seed_gives_the_same_episode_to_the_bit() -> None:
+    runs = []
+    for seed in (5, 5, 6):
+        env = make(8, ("mlp",))
+        start, _ = env.reset(seed=seed)
+        runs.append(np.stack([start, *(step[0] for step in play(env, 0.1))]))
+    assert np.array_equal(runs[0], runs[1])
+    assert not np.array_equal(runs[0], runs[2])
+
+
+def test_actions_reach_the_optimizer_and_one_changed_action_changes_its_run_alone() -> None:
+    finals = []
+    for move in (0.0, 0.5):
+        env = make()
+        _, infos = env.reset(seed=1)
+        before = infos["lr"]
+        actions = np.zeros((8, 1))
+        actions[3] = move
+        *_, infos = env.step(actions)
+        assert infos["lr"][3] == pytest.approx(before[3] * 10**move, rel=1e-6)  # read back, in single precision
+        assert np.delete(infos["lr"], 3).tolist() == np.delete(before, 3).tolist()
+        finals.append(play(env)[-1][4]["score_loss"])
+    assert finals[0][3] != finals[1][3]
+    assert np.delete(finals[0], 3).tolist() == np.delete(finals[1], 3).tolist()
+
+
+def test_the_reward_is_the_rank_at_the_end() -> None:
+    env = make(10)
+    env.reset(seed=2)
+    steps = play(env)
+    assert all(not reward.any() for _, reward, *_ in steps[:-1])
+    reward, score = steps[-1][1], steps[-1][4]["score_loss"]
+    for low, high in ((0, 4), (4, 8), (8, 10)):
+        order = np.argsort(score[low:high])
+        assert reward[low:high][order].tolist() == pytest.approx(np.linspace(0.5, -0.5, high - low).tolist())
+
+
+def test_runs_of_a_task_differ_in_their_rate_alone() -> None:
+    batches = draw_episode(EpisodeOptions(families=("mlp", "cnn")), 64, default_spec().timing, seed=3)
+    seen: dict[int, set[tuple[int, int, int]]] = {}
+    for batch in batches:
+        for task, group, seed in zip(batch.tasks, batch.groups, batch.seeds, strict=True):
+            seen.setdefault(group, set()).add((id(task), seed, batch.total_steps))
+        for group in set(batch.groups):
+            rates = np.sort([rate for rate, g in zip(batch.lr, batch.groups, strict=True) if g == group])
+            parts = np.floor((np.log10(rates) + 5) / 4 * 16).astype(int)
+            assert parts.tolist() == list(range(16))  # one from each sixteenth of 1e-5..1e-1
+    assert {len(kinds) for kinds in seen.values()} == {1}
+    assert sorted(seen) == [0, 1, 2, 3]
+
+
+def test_horizons_are_log_uniform_and_fit_the_timing() -> None:
+    timing = default_spec().timing
+    drawn = [
+        batch.total_steps
+        for seed in range(300)
+        for batch in draw_episode(EpisodeOptions(families=("quadratic",)), 16, timing, seed)
+    ]
+    assert {count_decisions(steps, timing) for steps in drawn} == {26}
+    assert 50 <= min(drawn) < 60
+    assert 1800 < max(drawn) <= 2010
+    # Log-uniform over 50..2000: the mean of log T is (log 50 + log 2000) / 2, its standard error here 0.06.
+    assert np.log(drawn).mean() == pytest.approx((np.log(50) + np.log(2000)) / 2, abs=0.2)
+
+
+@pytest.mark.parametrize("total_steps", [50, 61, 300, 777, 2000])
+def test_fitting_horizons_are_near(total_steps: int) -> None:
+    fitted = fitting_horizon(total_steps, default_spec().timing)
+    assert count_decisions(fitted, default_spec().timing) == 26
+    assert abs(fitted - total_steps) <= max(10, 0.02 * total_steps)  # half of 20 decisions, or the early ones' rounding
+
+
+def test_a_rate_that_is_far_too_high_is_rolled_back_and_divided() -> None:
+    env = make(8, ("mlp", "quadratic"))
+    _, infos = env.reset(seed=4)
+    rolled_back = np.zeros(8, dtype=bool)
+    for _ in range(10):
+        before = infos["lr"]
+        observation, *_, infos = env.step(np.full((8, 1), 2.0))
+        now = infos["rolled_back"]
+        rolled_back |= now
+        signal = observation[:, env.control_spec.signals.index("rollback_memory")]
+        assert (signal[now] == 1.0).all()
+        assert np.isfinite(observation).all()
+        low = np.minimum(before * 100, 10**1.5)
+        assert infos["lr"][now] == pytest.approx((low / 5)[now], rel=1e-5) or (infos["lr"][now] < low[now]).all()
+    assert rolled_back.all()
+    final = play(env, -0.2)[-1]
+    assert np.isfinite(final[4]["score_loss"]).all()
+
+
+def test_validation_is_not_reported_by_those_that_have_none() -> None:
+    env = make(64, ("quadratic",), no_validation=0.5, some_validation=0.25)
+    env.reset(seed=0)
+    columns = [env.control_spec.signals.index(name) for name in ("has_val_loss", "val_loss_log_ratio_start")]
+    told = np.stack([step[0][:, columns] for step in play(env)])
+    shares = told[:, :, 0].mean(0)
+    assert set(shares[shares < 0.2]) == {0.0}
+    assert (shares == 1.0).any()
+    assert ((shares > 0.2) & (shares < 0.8)).any()
+    assert not told[:, shares == 0.0].any()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_envs": 0}, "num_envs is 0; expected a number of runs of 1 or more"),
+        ({"families": "mlp"}, "families 'mlp'; expected a sequence of names"),
+        ({"families": ()}, "families is empty"),
+        ({"families": ("mpl",)}, "did you mean 'mlp'?"),
+        ({"horizons": (50, 60)}, "unknown option 'horizons' of the environment; known: families, runs_per_task"),
+        ({"horizon": (20, 60)}, "horizon is (20, 60); expected two numbers in order, 50 or more"),
+        ({"initial_lr": (1e-1, 1e-5)}, "initial_lr is (0.1, 1e-05)"),
+        ({"no_validation": 0.8, "some_validation": 0.3}, "expected shares of 1"),
+        ({"spec": ControlSpec(knobs=("weight_decay",))}, "batches of runs have ('lr',) or ('lr', 'weight_decay')"),
+        ({"spec": ControlSpec(knob_options={"lr": {"hold_decay": True}})}, "hold_decay=True of the knob 'lr'"),
+        ({"spec": ControlSpec(reward="accuracy_improvement")}, "batches of runs report no accuracy"),
+    ],
+)
+def test_bad_input_is_refused_by_name(given: dict[str, Any], message: str) -> None:
+    with pytest.raises((InputError, UnknownNameError)) as caught:
+        TrainingVectorEnv(**{"num_envs": 4, **given})
+    assert message in str(caught.value)
+
+
+def test_bad_calls_are_refused() -> None:
+    env = make()
+    with pytest.raises(InputError, match=r"step\(\) before reset\(\)"):
+        env.step(np.zeros((8, 1)))
+    for seed in ([1, 2], -1, True):
+        with pytest.raises(InputError, match="expected one whole number"):
+            env.reset(seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="this environment has none"):
+        env.reset(options={"a": 1})
+    with pytest.raises(InputError, match="every=10"):
+        TrainingVectorEnv(4, spec=ControlSpec(timing=Timing(every=10))).reset(seed=0)
+
+
+def test_discrete_actions_and_two_knobs() -> None:
+    spec = ControlSpec(
+        knobs=("lr", "weight_decay"),
+        actions=Actions("multiply", factors=(0.5, 1.0, 2.0)),
+        timing=default_spec().timing,
+        signals=("progress", "weight_decay_unit"),
+        reward="log_improvement",
+    )
+    env = make(4, ("mlp",), spec=spec)
+    env.reset(seed=0)
+    assert env.single_action_space == gymnasium.spaces.MultiDiscrete([3, 3])
+    lr = env.step(np.full((4, 2), 1))[4]["lr"]
+    assert env.step(np.array([[0, 1], [1, 1], [2, 1], [1, 0]]))[4]["lr"].tolist() == pytest.approx(
+        (lr * [0.5, 1, 2, 1]).tolist()
+    )
