@@ -41,7 +41,12 @@ COUPLED_DECAY = (1e-5, 1e-2)  # SGD and Adam, where it is added to the gradient
 DECOUPLED_DECAY = (1e-3, 1e-1)  # AdamW, where it is multiplied by the rate
 
 _SHARE_WITHOUT = {"label noise": 0.5, "dropout": 0.75, "weight decay": 0.6}
-_OPTIMIZERS: dict[tuple[Literal["sgd", "adam", "adamw"], float], float] = {("sgd", 0.9): 0.25, ("sgd", 0.0): 0.15, ("adam", 0.0): 0.35, ("adamw", 0.0): 0.25}
+_OPTIMIZERS: dict[tuple[Literal["sgd", "adam", "adamw"], float], float] = {
+    ("sgd", 0.9): 0.25,
+    ("sgd", 0.0): 0.15,
+    ("adam", 0.0): 0.35,
+    ("adamw", 0.0): 0.25,
+}
 _BETAS = {(0.9, 0.999): 0.7, (0.9, 0.99): 0.2, (0.9, 0.95): 0.1}
 _ACTIVATIONS: dict[Literal["relu", "tanh", "gelu"], float] = {"relu": 0.5, "tanh": 0.25, "gelu": 0.25}
 # The four tables are tiny: most tasks are generated, so that a controller cannot learn the tables by heart.

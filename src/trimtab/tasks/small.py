@@ -59,7 +59,9 @@ class Network:
         if self.kind == "cnn" and not self.hidden:
             raise InputError('hidden of a cnn is (); expected at least one convolution, or the kind "mlp"')
         if not self.hidden and self.dropout:
-            raise InputError(f"dropout is {self.dropout!r} with hidden (); expected 0, a linear model has no place for it")
+            raise InputError(
+                f"dropout is {self.dropout!r} with hidden (); expected 0, a linear model has no place for it"
+            )
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout!r}; expected a number in [0, 1)")
 
