@@ -424,7 +424,9 @@ def test_an_unknown_family_is_named_with_what_is_near():
     ("call", "text"),
     [
         (lambda: draw_tasks("mlp", 0, seed=0), "n is 0; expected how many tasks to draw, a whole number of at least 1"),
-        (lambda: draw_tasks("mlp", 2, seed=-1), "seed -1 with the path"),
+        (lambda: draw_tasks("mlp", 2, seed=-1), "seed is -1; expected a whole number of at least 0"),
+        (lambda: draw_tasks("mlp", 2, seed="0"), "seed is '0'; expected a whole number of at least 0"),
+        (lambda: draw_tasks("mlp", 2, seed=0, batch_size=16.0), "batch_size is 16.0; expected None or a whole number"),
         (lambda: draw_task("mlp", 3), "generator is 3; expected a numpy Generator, such as numpy.random.default_rng"),
         (
             lambda: draw_task("mlp", np.random.default_rng(0), batch_size=65),
