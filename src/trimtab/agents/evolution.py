@@ -62,7 +62,7 @@ class Evolution(Agent):
 
     name = "evolution"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (options of a study file, flat because people write them by hand)
         self,
         *,
         signals: Sequence[str] | None = None,

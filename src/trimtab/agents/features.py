@@ -87,7 +87,8 @@ class Features:
                 f"{self.who}: an observation of shape {observation.shape}; expected {len(self._row)} columns, "
                 f"one for each of {', '.join(self.signals)}"
             )
-        scaled = observation * self._row
+        scaled: Array = observation * self._row
         # Half the time of np.clip, and a decision stands in the middle of somebody's training step.
         np.minimum(scaled, LIMIT, out=scaled)
-        return np.maximum(scaled, -LIMIT, out=scaled)
+        np.maximum(scaled, -LIMIT, out=scaled)
+        return scaled

@@ -7,6 +7,7 @@ with the mean of the distribution over moves (1.133) beat its likeliest move (1.
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,11 +54,19 @@ class PolicyAgent(Agent):
         n_knobs: Knobs it moves together.
         seed: Seed of the first weights and of its exploration.
 
+    Attributes:
+        features: From signals to what the network sees.
+        moves: See above.
+        move_table: The same as an array, to be indexed by choices.
+        hidden: See above.
+        members: See above.
+        n_knobs: See above.
+
     Raises:
         InputError: An option is out of range, or the residual's rule needs a signal that is not observed.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (options of a study file, flat because people write them by hand)
         self,
         *,
         signals: Sequence[str] | None = None,
@@ -90,7 +99,7 @@ class PolicyAgent(Agent):
         self._rng = np.random.default_rng(seed)
         # One column for the sum of weighted moves and one for the sum of weights: their quotient is the mean move.
         self._moves_and_ones = np.array([self.moves, [1.0] * len(self.moves)]).T.copy()
-        self._moves = np.array(self.moves)
+        self.move_table: Array = np.array(self.moves)
         self._share = np.full((1, self.members), 1.0 / self.members)
         self._weights, self._biases = self._initial(np.random.default_rng([seed, 1]))
 
@@ -111,10 +120,10 @@ class PolicyAgent(Agent):
     def _initial(self, rng: np.random.Generator) -> tuple[list[Array], list[Array]]:
         """Small random weights, and a bias that makes "no change" the likeliest move."""
         widths = [len(self.features.signals), *self.hidden, self.n_knobs * len(self.moves)]
-        if self.members * sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True)) > MAX_WEIGHTS:
+        if self.members * sum(a * b for a, b in itertools.pairwise(widths)) > MAX_WEIGHTS:
             raise InputError(f"{self.name}: more than {MAX_WEIGHTS} weights; take fewer or narrower layers")
         weights, biases = [], []
-        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        for fan_in, fan_out in itertools.pairwise(widths):
             weights.append(rng.standard_normal((self.members, fan_in, fan_out)) / np.sqrt(fan_in))
             biases.append(np.zeros((self.members, 1, fan_out)))
         weights[-1] *= 0.01
@@ -244,14 +253,14 @@ class PolicyAgent(Agent):
             InputError: Always; it names `make_learner`.
         """
         del env, total_timesteps
-        raise InputError(
-            f"agent {self.name!r} is taught by a learner: make_learner({self.name!r}, spec).iterate(envs)"
-        )
+        raise InputError(f"agent {self.name!r} is taught by a learner: make_learner({self.name!r}, spec).iterate(envs)")
 
     def _tensors(self) -> dict[str, Array]:
         pairs = zip(self._weights, self._biases, strict=True)
         return {
-            f"{kind}{index}": array for index, pair in enumerate(pairs) for kind, array in zip(("w", "b"), pair, strict=True)
+            f"{kind}{index}": array
+            for index, pair in enumerate(pairs)
+            for kind, array in zip(("w", "b"), pair, strict=True)
         }
 
     @override
@@ -298,7 +307,7 @@ class PPOAgent(PolicyAgent):
     def _explore(self, outputs: Array) -> Array:
         below = np.cumsum(self._mean_probabilities(outputs), axis=-1)[..., :-1]
         drawn = self._rng.random(below.shape[:-1])
-        return np.asarray(self._moves[(drawn[..., None] >= below).sum(axis=-1)])
+        return np.asarray(self.move_table[(drawn[..., None] >= below).sum(axis=-1)])
 
     def _mean_probabilities(self, outputs: Array) -> Array:
         weights = _exponentials(outputs)
@@ -316,13 +325,13 @@ class DQNAgent(PolicyAgent):
 
     @override
     def _act(self, outputs: Array) -> Array:
-        return self._mean_of_members(self._moves[outputs.argmax(axis=-1)])
+        return self._mean_of_members(self.move_table[outputs.argmax(axis=-1)])
 
     @override
     def _explore(self, outputs: Array) -> Array:
         best = self._act(outputs)
         explores = self._rng.random(best.shape) < self.epsilon
-        return np.where(explores, self._moves[self._rng.integers(0, len(self.moves), best.shape)], best)
+        return np.where(explores, self.move_table[self._rng.integers(0, len(self.moves), best.shape)], best)
 
 
 def _exponentials(outputs: Array) -> Array:
@@ -343,5 +352,7 @@ def _ascending_moves(who: str, given: Sequence[float]) -> tuple[float, ...]:
         moves = ()
     good = 0.0 in moves and len(set(moves)) == len(moves) and list(moves) == sorted(moves)
     if not good or not -10 <= moves[0] < 0 < moves[-1] <= 10:
-        raise InputError(f"{who}: moves {given!r}; expected ascending numbers of decades within 10, below 0, 0 and above 0")
+        raise InputError(
+            f"{who}: moves {given!r}; expected ascending numbers of decades within 10, below 0, 0 and above 0"
+        )
     return moves
