@@ -21,19 +21,32 @@ __all__ = ["LIMIT", "SCALES", "SIGNALS", "Features"]
 # family learned on and can only mislead elsewhere (FINDINGS' record, section 6).
 SIGNALS = (
     "progress",
+    "budget_log_steps",
+    "interval_log_ratio",
     "loss_slope",
+    "interval_loss_log_ratio",
     "train_loss_log_ratio",
+    "loss_noise",
+    "has_val_loss",
     "val_loss_log_ratio",
     "val_loss_log_ratio_best",
+    "val_loss_log_ratio_start",
     "generalization_gap",
-    "grad_norm_log_ratio",
     "grad_update_cosine",
+    "grad_norm_log_ratio",
     "update_to_weight",
+    "update_to_weight_min",
+    "update_to_weight_median",
+    "update_to_weight_max",
     "lr_log_ratio_start",
+    "last_move",
+    "rollback_memory",
+    "lr_log_ratio_bad",
 )
 # What a signal is multiplied by; 1 where none stands here.
 SCALES = {
     "loss_slope": 4.0,
+    "interval_loss_log_ratio": 4.0,
     "train_loss_log_ratio": 4.0,
     "val_loss_log_ratio": 4.0,
     "val_loss_log_ratio_best": 4.0,
@@ -41,6 +54,9 @@ SCALES = {
     "grad_norm_log_ratio": 2.0,
     "grad_update_cosine": 4.0,
     "lr_log_ratio_start": 0.5,
+    "last_move": 2.0,
+    "loss_noise": 0.5,
+    "interval_log_ratio": 0.5,
 }
 LIMIT = 3.0  # one wild signal must not drown the others
 

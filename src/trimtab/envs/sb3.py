@@ -33,7 +33,9 @@ class SB3View(VecEnv):
     truncated and not terminated, so that a value is bootstrapped there and nowhere else.
 
     Args:
-        envs: It must reset a run in the step that ends it (`AutoresetMode.SAME_STEP`).
+        envs: It resets a run in the step that ends it (`AutoresetMode.SAME_STEP`), or in the step after
+            (`AutoresetMode.NEXT_STEP`); of the latter one episode is seen, whose runs end together: the next one
+            takes another `begin` or `reset`.
         observe: What is done with an observation before it is seen, (R, S) -> (R, S); None for nothing.
         act: What becomes of the chosen actions before the environment gets them; None for nothing. Its state is handed
             back to it in the next step.
@@ -56,11 +58,12 @@ class SB3View(VecEnv):
         action_space: gymnasium.Space[Any] | None = None,
     ) -> None:
         mode = envs.metadata.get("autoreset_mode")
-        if mode != AutoresetMode.SAME_STEP:
+        if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
             raise InputError(
-                f'the environment\'s metadata["autoreset_mode"] is {mode!r}; expected {AutoresetMode.SAME_STEP!r}: '
-                "Stable-Baselines3 takes the observation of a step that ends a run for the first of the next one"
+                f'the environment\'s metadata["autoreset_mode"] is {mode!r}; expected {AutoresetMode.SAME_STEP!r} or '
+                f"{AutoresetMode.NEXT_STEP!r}: runs are not reset one by one here"
             )
+        self._resets_later = mode == AutoresetMode.NEXT_STEP
         shape = envs.single_observation_space.shape
         if shape is None or len(shape) != 1:
             raise InputError(f"observations of one run have the shape {shape}; expected a vector (S,)")
@@ -138,6 +141,13 @@ class SB3View(VecEnv):
     def _end(self, each: list[dict[str, Any]], infos: dict[str, Any], is_cut: npt.NDArray[np.bool_]) -> None:
         """Write into the infos of the runs that are done how and where they ended."""
         runs = np.flatnonzero(self._starts)
+        if self._resets_later:
+            if len(runs) < self.num_envs:
+                raise InputError(
+                    f"{len(runs)} of {self.num_envs} runs ended in one step; with AutoresetMode.NEXT_STEP all runs end "
+                    "together here"
+                )
+            infos = {**infos, "final_obs": self._seen}  # nothing was reset: what is seen is the last of the episode
         if "final_obs" not in infos:
             raise InputError(
                 f"{len(runs)} runs ended, but the infos {sorted(infos)} hold no 'final_obs'; an environment with "
