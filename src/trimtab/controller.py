@@ -91,6 +91,7 @@ class Controller:
         self._last_observation: Array | None = None
         self.status = "running"
         self._epoch_steps = _epoch_steps(self.spec.timing, loader)
+        self.state.main_interval = float(self.spec.timing.main_interval(total_steps, self._epoch_steps))
         if "lr" in self.spec.knobs and (writers := find_writers(optimizer, but=self)):
             found = f"{' and '.join(writers)} is attached to the optimizer and would overwrite the rate"
         else:
@@ -106,6 +107,7 @@ class Controller:
         self._guard = Guard(self.safety.cut, self.safety.max_rollbacks) if self._has_guard() else None
         self._snapshot = Snapshot(optimizer, model, on_cpu=self.safety.snapshot_on_cpu)
         self._meter = Meter(optimizer)
+        self._meter.needs_spread = "loss_noise" in self.spec.signals
         self._probe = self._meter.probe
         self._best: dict[str, Tensor] | None = None
         self._t = 0
@@ -251,6 +253,7 @@ class Controller:
         verdict = GOOD
         if self._guard is not None:
             verdict = self._guard.judge(state, weights_are_finite=weights_are_finite, losses=self._meter.last_losses)
+        state.note_rollback(verdict is not GOOD, state.settings.get("lr", math.nan))
         observation = self._observe(state)
         self.last_interval, self._last_observation = interval, observation
         is_bad = verdict is not GOOD or not math.isfinite(state.watched_loss())

@@ -125,9 +125,11 @@ class Hand:
         """Make a setting act, read it back from there, and record all of it."""
         knob, state = self._knobs[column], self._state
         before = knob.get(state)
-        if setting != self.settings[column]:
+        present = self.settings[column]
+        if setting != present:
             self.settings[column] = setting
             self._note(column)
+        state.note_move(knob.name, present, setting)
         written = setting * self._factor(column, step)
         knob.put(state, written)
         read_back = knob.get(state)

@@ -32,6 +32,7 @@ class Meter:
         probe: Looks at the gradients in the optimizer's steps.
         val_loss: Newest validation loss of the interval; NaN where there is none.
         accuracy: Newest validation accuracy of the interval; NaN where there is none.
+        needs_spread: Whether the standard deviation of the losses is asked for.
         last_losses: Train losses of the second half of the interval measured last.
         first_loss: Train loss of its first step.
     """
@@ -40,6 +41,7 @@ class Meter:
         self._optimizer = optimizer
         self.probe = GradientProbe(optimizer)
         self.val_loss = self.accuracy = math.nan
+        self.needs_spread = False
         self.last_losses: list[float] = []
         self.first_loss = math.nan
         self._losses: list[Tensor | float] = []
@@ -73,13 +75,16 @@ class Meter:
             losses = [float(loss) for loss in self._losses]
         count, half = len(losses), max(1, len(losses) // 2)
         early, late = sum(losses[:half]), sum(losses[half:])
+        mean = (early + late) / count
         interval = Interval(
-            (early + late) / count,
+            mean,
             early / half,
             late / (count - half) if count > half else math.nan,
             self.val_loss,
             self.accuracy,
             *self.probe.collect([row for row in rows if isinstance(row, list)]),
+            loss_std=_spread(losses, mean) if self.needs_spread else math.nan,
+            n_steps=float(count),
         )
         self.first_loss, self.last_losses = losses[0], losses[half:]
         self._losses = []
@@ -120,6 +125,11 @@ class Meter:
         self.val_loss, self.accuracy = state["val_loss"], state["accuracy"]
         self.last_losses, self.first_loss = list(state["last_losses"]), state["first_loss"]
         self.probe.load_state_dict(state["probe"])
+
+
+def _spread(losses: list[float], mean: float) -> float:
+    """Standard deviation, as of a whole population."""
+    return math.sqrt(sum([(loss - mean) * (loss - mean) for loss in losses]) / len(losses))
 
 
 def _are_near(losses: list[Tensor | float]) -> bool:

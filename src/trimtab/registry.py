@@ -50,6 +50,9 @@ _AGENTS = {
     "random": Entry("trimtab.agents.scripted:RandomMoves", "a move drawn at random at every decision"),
     "uwhg": Entry("trimtab.agents.uwhg:UWHG", "rule: update-to-weight ratio first, then hypergradient; no learning"),
     "q_learning": Entry("trimtab.agents.q_learning:QLearning", "tabular Q-learning over binned scale-free signals"),
+    "evolution": Entry("trimtab.agents.evolution:Evolution", "linear policy taught by evolution strategies; readable"),
+    "ppo": Entry("trimtab.agents.policy:PPOAgent", "small network taught by PPO; acts with the mean of its moves"),
+    "dqn": Entry("trimtab.agents.policy:DQNAgent", "small network taught by DQN; acts with its best move"),
 }
 _KNOBS = {
     "lr": Entry("trimtab.knobs.optimizer:LearningRate", "learning rate of every param group, ratios kept"),

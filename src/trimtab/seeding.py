@@ -15,7 +15,7 @@ import torch
 
 from trimtab.errors import InputError
 
-__all__ = ["derive_seed", "numpy_generator", "scoped_global_rng", "torch_generator"]
+__all__ = ["derive_seed", "numpy_generator", "scoped_global_rng", "scoped_numpy_rng", "torch_generator"]
 
 
 def derive_seed(root: int, *path: str | int) -> int:
@@ -73,3 +73,18 @@ def scoped_global_rng(states: list[torch.Tensor] | None, device: torch.device) -
         if is_cuda:
             lent[1] = torch.cuda.get_rng_state(device)
             torch.cuda.set_rng_state(before[1], device)
+
+
+@contextmanager
+def scoped_numpy_rng(seed: int) -> Iterator[None]:
+    """Lend NumPy's global generator, set by a seed, to a library that can draw from nothing else; then put it back.
+
+    Args:
+        seed: 0 or more, as `derive_seed` gives it.
+    """
+    before = np.random.get_state()  # noqa: NPY002 (lent, not drawn from)
+    try:
+        np.random.set_state(dict(np.random.MT19937(seed).state))  # noqa: NPY002
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002

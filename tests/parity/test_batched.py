@@ -131,6 +131,21 @@ def test_a_run_does_not_depend_on_those_beside_it(kind: str) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_the_first_of_equal_pixels_gets_the_gradient() -> None:
+    """Flat images: all numbers of a square are equal, and torch's pooling takes the first."""
+    tasks = tasks_of("cnn")
+    for task in tasks:
+        task.train.inputs[:, :, ::2] = task.train.inputs[:, :, 1::2]
+        task.train.inputs[:, :, :, :4] = 1.0
+    batch = BatchedTraining(tasks, [0] * 3, [1e-2] * 3, dtype=torch.float64)
+    batch.run(5)
+    for run, loop in enumerate(loops_of(tasks, [0] * 3, [1e-2] * 3, torch.float64)):
+        for _ in range(5):
+            loop.step()
+        for mine, theirs in zip(batch.parameters_of(run), loop.model.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
 def test_factors_multiply_the_rates_step_by_step() -> None:
     tasks = tasks_of("mlp", optimizer="adamw", weight_decay=0.1)
     batch = BatchedTraining(tasks, [0] * 4, [1e-2] * 4, dtype=torch.float64)

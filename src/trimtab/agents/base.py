@@ -164,7 +164,8 @@ class Agent(ABC):
 
     Attributes:
         name: Name in the registry.
-        is_learned: Whether it has memory that experience changes.
+        is_learned: Whether `update` changes it, so that it goes on learning within a run. False for policies that
+            were learned before and are used as they are.
         decides: Whether it ever asks for anything but "no change"; False for a plain schedule.
     """
 

@@ -92,6 +92,12 @@ class TrainingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._n_episodes = 0
         self._runs: _Runs | None = None
 
+    @property
+    def n_decisions(self) -> int:
+        """Environment steps in an episode: the first interval is `reset`'s, with nothing decided yet."""
+        timing = self.control_spec.timing
+        return timing.early_decisions + timing.n_decisions - 1
+
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
@@ -286,7 +292,8 @@ class _Runs:
         self.observation = self._observe(state)
         reward = self._reward(state)
         is_bad = bad | ~np.isfinite(np.asarray(state.watched_loss()))
-        self.reward = np.where(is_bad, self._lowest_reward + self._spec.penalty, reward)
+        # A bad interval never pays; at the end its rank may already say worse.
+        self.reward = np.where(is_bad, np.minimum(reward, self._lowest_reward + self._spec.penalty), reward)
         self._lowest_reward = np.minimum(self._lowest_reward, np.where(is_bad, 0.0, reward))
         if bad.any():
             self._undo(bad, before, snapshots)

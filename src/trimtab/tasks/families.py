@@ -90,8 +90,10 @@ def draw_tasks(family: str, n: int, seed: int, *, batch_size: int | None = None)
         InputError: A number out of range.
     """
     _check_family(family)
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+    if not _is_whole(n) or n < 1:
         raise InputError(f"n is {n!r}; expected how many tasks to draw, a whole number of at least 1")
+    if not _is_whole(seed) or seed < 0:
+        raise InputError(f"seed is {seed!r}; expected a whole number of at least 0")
     generators = (numpy_generator(seed, "small task", index, family) for index in range(n))
     return [draw_task(family, generator, batch_size=batch_size) for generator in generators]
 
@@ -112,7 +114,7 @@ def draw_task(family: str, generator: np.random.Generator, *, batch_size: int | 
     _check_family(family)
     if not isinstance(generator, np.random.Generator):
         raise InputError(f"generator is {generator!r}; expected a numpy Generator, such as numpy.random.default_rng(0)")
-    if batch_size is not None and (isinstance(batch_size, bool) or batch_size not in range(1, BATCH_SIZES[-1] + 1)):
+    if batch_size is not None and not (_is_whole(batch_size) and 1 <= batch_size <= BATCH_SIZES[-1]):
         raise InputError(f"batch_size is {batch_size!r}; expected None or a whole number of 1 to {BATCH_SIZES[-1]}")
     source = _choose(generator, _SHARES[family])
     sizes = draw_sizes(generator, bundled.N_ROWS.get(source))
@@ -189,3 +191,7 @@ def _sometimes(generator: np.random.Generator, what: str, value: float) -> float
 def _check_family(family: str) -> None:
     if family not in FAMILIES:
         raise unknown_name("family of tasks", family, FAMILIES)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -280,8 +280,7 @@ class _Convolution(torch.autograd.Function):
 class _Maximum(torch.autograd.Function):
     """Maximum over squares of 2 x 2: (R, c, H, W, B) -> (R, c, H/2, W/2, B); H and W are even.
 
-    Among equals every one gets the gradient, where torch's own gives it to the first: they differ only where equal
-    numbers are not both cut off by the ReLU before, which for numbers that were computed does not happen.
+    Among equals the first one, row by row, gets the gradient, as in torch: images with flat regions have many.
     """
 
     @staticmethod
@@ -297,7 +296,13 @@ class _Maximum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         squares, highest = ctx.saved_tensors
-        out: Tensor = (squares == highest[:, :, :, None, :, None]) * grad[:, :, :, None, :, None]
+        out = torch.empty_like(squares)
+        left = grad
+        for i, j in ((0, 0), (0, 1), (1, 0)):
+            is_highest = squares[:, :, :, i, :, j] == highest
+            out[:, :, :, i, :, j] = left * is_highest
+            left = left * ~is_highest
+        out[:, :, :, 1, :, 1] = left
         return out.view(ctx.shape)
 
 

@@ -1,0 +1,1 @@
+"""Learning: what turns episodes of an environment into an agent."""
