@@ -123,7 +123,23 @@ class TrainingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             self._root = int(np.random.SeedSequence().generate_state(1)[0])
         episode = derive_seed(self._root, "episode", self._n_episodes, "of runs")
         self._n_episodes += 1
-        batches = draw_episode(self.options, self.num_envs, self.control_spec.timing, episode)
+        return self.begin(draw_episode(self.options, self.num_envs, self.control_spec.timing, episode))
+
+    def begin(self, batches: list[Batch]) -> tuple[Array, dict[str, Any]]:
+        """Begin an episode of given runs instead of drawn ones, as `reset` does: for benchmarks and for tests.
+
+        Args:
+            batches: R runs in all, with equally many decisions.
+
+        Returns:
+            The first observation (R, S), and infos.
+
+        Raises:
+            InputError: They are not R runs.
+        """
+        count = sum(len(batch.tasks) for batch in batches)
+        if count != self.num_envs:
+            raise InputError(f"begin() was given {count} runs; expected num_envs={self.num_envs}")
         self._runs = _Runs(batches, self)
         self._runs.advance()
         return self._runs.observation, self._runs.infos()
