@@ -119,7 +119,7 @@ def make_env(kind: str, n_runs: int, n_calls: int, device: str = "cpu") -> Train
                 kind,
                 tuple(tasks[group] for group in groups),
                 groups,
-                tuple(i for i in runs),
+                groups,  # seeds: as in drawn episodes, those of a task have one
                 tuple(rates[i] for i in runs),
                 (1.0,) * len(runs),
                 STEPS * (n_calls + 2),  # the first interval is taken by `begin`, and the last never comes
@@ -416,7 +416,9 @@ def main() -> None:
     print(f"{DACBENCH['what']}:\n  a step costs so many times the plain loop's: {costs} (a speed-up of 0.5 to 0.02)")
     for kind in [kind for kind in kinds if kind == "mlp"]:
         data["processes"].append(measure_processes(kind, 1 if arguments.quick else 5, 5 * seconds))
-        print(f"two processes over one, {kind}, R = {N_RUNS[-1]}: {_range(data['processes'][-1]['two_over_one'], '.2f')}")
+        print(
+            f"two processes over one, {kind}, R = {N_RUNS[-1]}: {_range(data['processes'][-1]['two_over_one'], '.2f')}"
+        )
     if torch.cuda.is_available():
         for kind in kinds:
             data["cuda"].append(measure_cuda(kind, rounds, seconds))

@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,7 @@ from trimtab.training.stacked import segments, stack
 __all__ = ["BatchedTraining", "IntervalStats"]
 
 _SPLITS = ("train", "val", "score", "test")
+_EVAL_IMAGES = 1024  # of all runs at once on a CPU: with more, what convolutions keep leaves its caches
 MEASURE_EVERY = 10  # steps between two measurements within an interval: those of `trimtab.gradients`
 
 
@@ -141,8 +144,9 @@ class BatchedTraining:
             raise InputError(f"run({n_steps}) with factors {factors}; expected 1 step or more, and a factor for each")
         losses, norms, ratios = [], [], []
         before: Tensor | None = None
-        for left in range(n_steps, 0, -1):
-            losses.append(self._backward())
+        self.optimizer.plan([1.0] * n_steps if factors is None else factors)
+        for left, rows in zip(range(n_steps, 0, -1), self._orders.next(n_steps), strict=True):
+            losses.append(self._backward(rows))
             if before is not None:
                 row, layers = self._measure(before)
                 norms.append(row)
@@ -150,7 +154,7 @@ class BatchedTraining:
                 before = None
             if left % MEASURE_EVERY == 2:
                 before = self.parameters.clone()
-            self.optimizer.step(self._gradient, 1.0 if factors is None else factors[n_steps - left])
+            self.optimizer.step(self._gradient)
             self.steps_done += 1
         shape = (0, 4, self.n_runs), (0, len(self._network.layers), self.n_runs)
         return IntervalStats(
@@ -159,9 +163,9 @@ class BatchedTraining:
             torch.stack(ratios) if ratios else self.parameters.new_zeros(shape[1]),
         )
 
-    def _backward(self) -> Tensor:
-        """Losses (R,) of the next batches; their gradients go to `_gradient`."""
-        inputs, targets = self._data["train"].take(self._orders.next())
+    def _backward(self, rows: Tensor) -> Tensor:
+        """Losses (R,) of the batches of these rows (R, B); their gradients go to `_gradient`."""
+        inputs, targets = self._data["train"].take(rows)
         self._drop.steps_done = self.steps_done
         outputs = self._network.forward(self._views, inputs, self._drop if self._drop.is_needed else _keep)
         losses = self._losses(outputs, targets).mean(1)
@@ -210,9 +214,8 @@ class BatchedTraining:
         if split not in _SPLITS:
             raise unknown_name("split", split, _SPLITS)
         data = self._data[split]
-        inputs, targets = data.whole()
-        losses = self._losses(self._network.forward(self._views, inputs, _keep), targets)
-        return data.mean(losses)
+        losses = [self._losses(self._network.forward(self._views, x, _keep), y) for x, y in data.whole()]
+        return data.mean(torch.cat(losses, 1))
 
     def are_finite(self) -> Tensor:
         """Whether every weight of a run is finite; (R,), bool."""
@@ -291,7 +294,7 @@ class _Padded:
         inside = torch.arange(self._n, device=device) < counts
         self._weights = inside.to(dtype) / counts
         self._all = torch.where(inside, torch.arange(self._n, device=device), 0)
-        self._whole: tuple[Tensor, Tensor] | None = None
+        self._whole: list[tuple[Tensor, Tensor]] | None = None
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (R, B) of each run's split: inputs with the batch last, and targets (R, B)."""
@@ -301,10 +304,12 @@ class _Padded:
             inputs = inputs.contiguous().view(len(rows), *self._shape[-2:], rows.shape[1])
         return inputs, self._targets.index_select(0, places).view(rows.shape)
 
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """Every row of each run's split, the same at every call; kept, for it is read at every decision."""
+    def whole(self) -> list[tuple[Tensor, Tensor]]:
+        """Every row of each run's split, in parts; the same at every call and kept, for decision after decision."""
         if self._whole is None:
-            self._whole = self.take(self._all)
+            is_image, is_cpu = len(self._shape) > 1, self._all.device.type == "cpu"
+            count = max(1, _EVAL_IMAGES // len(self._all)) if is_image and is_cpu else self._n
+            self._whole = [self.take(part) for part in self._all.split(count, 1)]
         return self._whole
 
     def mean(self, values: Tensor) -> Tensor:
@@ -313,29 +318,37 @@ class _Padded:
 
 
 class _Orders:
-    """Which rows come next in each run: `EpochBatches` for R runs."""
+    """Which rows come next in each run: `EpochBatches` for R runs; those of one seed and count share one order."""
 
     def __init__(self, counts: Sequence[int], seeds: Sequence[int], batch_size: int, device: torch.device) -> None:
         if min(counts) < batch_size:
             raise InputError(f"batch_size {batch_size} is more than the {min(counts)} train samples; make it smaller")
-        self._counts = list(counts)
-        self._generators = [torch_generator(seed, "data order") for seed in seeds]
         self._batch_size = batch_size
         self._device = device
-        self._orders = torch.zeros(len(counts), max(counts), dtype=torch.int64)
-        self._limits = torch.tensor([count - batch_size for count in counts])
-        self._positions = torch.tensor(counts)  # the first orders are drawn with the first batch
-        self._steps = torch.arange(batch_size)
+        keys = list(zip(seeds, counts, strict=True))
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        self._order_of = torch.tensor([numbers[key] for key in keys], device=device)
+        self._counts = [count for _, count in numbers]
+        self._generators = [torch_generator(seed, "data order") for seed, _ in numbers]
+        # Batches that are left of each order's epoch; NumPy's slices cost a tenth of torch's.
+        self._left = [np.zeros((0, batch_size), np.int64) for _ in numbers]
 
-    def next(self) -> Tensor:
-        """Rows of the next batches; (R, B)."""
-        for run in (self._positions > self._limits).nonzero().flatten().tolist():
-            count = self._counts[run]
-            self._orders[run, :count] = torch.randperm(count, generator=self._generators[run])
-            self._positions[run] = 0
-        rows = self._orders.gather(1, self._positions.unsqueeze(1) + self._steps)
-        self._positions += self._batch_size
-        return rows.to(self._device, non_blocking=True)
+    def next(self, n_steps: int) -> Tensor:
+        """Rows of the next batches; (n, R, B)."""
+        rows = np.stack([self._take(number, n_steps) for number in range(len(self._counts))], 1)
+        return torch.from_numpy(rows).to(self._device).index_select(1, self._order_of)
+
+    def _take(self, number: int, n_steps: int) -> npt.NDArray[np.int64]:
+        """Batches of one order; (n, B)."""
+        count, size = self._counts[number], self._batch_size
+        parts, missing = [self._left[number]], n_steps - len(self._left[number])
+        while missing > 0:
+            order = torch.randperm(count, generator=self._generators[number]).numpy()
+            parts.append(order[: count // size * size].reshape(-1, size))
+            missing -= len(parts[-1])
+        batches = np.concatenate(parts)
+        self._left[number] = batches[n_steps:]
+        return batches[:n_steps]
 
 
 def hashed_uniform(seeds: Tensor, count: int, shape: Sequence[int]) -> Tensor:

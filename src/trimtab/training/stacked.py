@@ -125,9 +125,13 @@ class _Stacked:
         return flat.to(self._device, dtype)
 
     def _activate(self, x: Tensor) -> Tensor:
+        return self._by_activation(x, lambda name, part: _ACTIVATIONS[name](part))
+
+    def _by_activation(self, x: Tensor, function: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """A function of (activation's name, the runs that have it), run by run in their order."""
         if len(self._activations) == 1:
-            return _ACTIVATIONS[self._activations[0][0]](x)
-        return torch.cat([_ACTIVATIONS[name](x[where]) for name, where in self._activations])
+            return function(self._activations[0][0], x)
+        return torch.cat([function(name, x[where]) for name, where in self._activations])
 
 
 class StackedMLP(_Stacked):
@@ -235,9 +239,7 @@ class StackedCNN(_Stacked):
         for index in range(len(self.layers) - 1):
             weights, biases = parameters[2 * index], parameters[2 * index + 1]
             x = _Convolution.apply(x, weights, biases)  # type: ignore[no-untyped-call]
-            even = x.shape[2] // 2 * 2
-            x = self._activate(x[:, :, :even, :even])  # the odd row and column count for nothing
-            x = _Maximum.apply(x)  # type: ignore[no-untyped-call]
+            x = self._by_activation(x, _activate_and_pool)
         x = noise(len(self.layers) - 2, x.flatten(1, 3))
         return torch.baddbmm(parameters[-1], parameters[-2], x)
 
@@ -252,11 +254,9 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
         R, c, H, W, B = x.shape
         padded = F.pad(x, (0, 0, 1, 1, 1, 1))
-        columns = x.new_empty(R, c, _KERNEL, H, W, B)
-        for k in range(_KERNEL):
-            i, j = divmod(k, 3)
-            columns[:, :, k] = padded[:, :, i : i + H, j : j + W]
-        columns = columns.view(R, c * _KERNEL, H * W * B)
+        run, channel, row, column, _ = padded.stride()
+        shifted = padded.as_strided((R, c, 3, 3, H, W, B), (run, channel, row, column, row, column, 1))
+        columns = shifted.reshape(R, c * _KERNEL, H * W * B)
         ctx.save_for_backward(columns, weights)
         ctx.shape = x.shape
         return torch.baddbmm(biases, weights, columns).view(R, -1, H, W, B)
@@ -277,33 +277,24 @@ class _Convolution(torch.autograd.Function):
         return grad_x, torch.bmm(grad, columns.transpose(1, 2)), grad.sum(2, keepdim=True)
 
 
-class _Maximum(torch.autograd.Function):
-    """Maximum over squares of 2 x 2: (R, c, H, W, B) -> (R, c, H/2, W/2, B); H and W are even.
+def _maximum(x: Tensor) -> Tensor:
+    """Maximum over squares of 2 x 2: (R, c, H, W, B) -> (R, c, H // 2, W // 2, B); an odd row or column is left out.
 
-    Among equals the first one, row by row, gets the gradient, as in torch: images with flat regions have many.
+    The batch lies where torch's kernel for "channels last" has its channels.
     """
+    R, c, H, W, B = x.shape
+    pooled = F.max_pool2d(x.reshape(R * c, H, W, B).permute(0, 3, 1, 2), 2)
+    return pooled.permute(0, 2, 3, 1).reshape(R, c, H // 2, W // 2, B)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        R, c, H, W, B = x.shape
-        squares = x.reshape(R, c, H // 2, 2, W // 2, 2, B)
-        upper = torch.maximum(squares[:, :, :, 0, :, 0], squares[:, :, :, 0, :, 1])
-        highest = torch.maximum(upper, torch.maximum(squares[:, :, :, 1, :, 0], squares[:, :, :, 1, :, 1]))
-        ctx.save_for_backward(squares, highest)
-        ctx.shape = x.shape
-        return highest
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        squares, highest = ctx.saved_tensors
-        out = torch.empty_like(squares)
-        left = grad
-        for i, j in ((0, 0), (0, 1), (1, 0)):
-            is_highest = squares[:, :, :, i, :, j] == highest
-            out[:, :, :, i, :, j] = left * is_highest
-            left = left * ~is_highest
-        out[:, :, :, 1, :, 1] = left
-        return out.view(ctx.shape)
+def _activate_and_pool(name: str, x: Tensor) -> Tensor:
+    """Activation, then maximum over squares of 2 x 2; in the cheaper order where the activation never falls.
+
+    The gradient is the same too, but at the ends of tanh, where unequal numbers become equal ones and its slope is 0.
+    """
+    if name == "gelu":
+        return _maximum(F.gelu(x))
+    return _ACTIVATIONS[name](_maximum(x))
 
 
 def stack(
