@@ -2,12 +2,12 @@
 
     python benchmarks/env_speed.py [--quick] [--kind mlp] [--rounds 15] [--out FILE.json]
 
-The vector environment at R = 1, 16, 64 and 256 runs is taken in turn, in an order that changes from round to round, with
-a plain torch loop that does the same work one network at a time. Environment steps (R of them in a call of `step`) per
-CPU second of the process, on one thread; drawing and stacking the runs (`begin`) is reported beside them. A speed-up is
-the median over rounds of the environment's rate over the plain loop's in the same round, with its quartiles. Then two
-processes at once against one, by wall time, and R = 4096 on a CUDA device, by wall time, where there is one. Networks are
-those of the name, with as many rows as `trimtab.tasks.families` draws in the median, trained by Adam.
+The vector environment at R = 1, 16, 64 and 256 runs is taken in turn, in an order that changes from round to round,
+with a plain torch loop that does the same work one network at a time. Environment steps (R of them in a call of `step`)
+per CPU second of the process, on one thread; stacking the runs and their first interval (`begin`) is reported beside
+them. A speed-up is the median over rounds of the environment's rate over the plain loop's in the same round, with its
+quartiles. Then two processes at once against one, by wall time, and R = 4096 on a CUDA device, by wall time, where there
+is one. Networks are trained by Adam, on as many rows as `trimtab.tasks.families` draws in the median.
 """
 
 from __future__ import annotations
@@ -162,10 +162,12 @@ class PlainRun:
         self.history: list[float] = []
 
     def loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean loss of the model on these rows."""
         outputs = self.model(inputs)
         return F.mse_loss(outputs[:, 0], targets) if self.is_regression else F.cross_entropy(outputs, targets)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next rows of a shuffled epoch."""
         if self.position + self.batch_size > len(self.order):
             self.order = torch.randperm(len(self.train.inputs)).to(self.train.inputs.device)
             self.position = 0
@@ -174,6 +176,7 @@ class PlainRun:
         return self.train.inputs[rows], self.train.targets[rows]
 
     def flat(self) -> torch.Tensor:
+        """All weights end to end."""
         return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
 
     def step(self, move: float) -> list[float]:
@@ -424,8 +427,8 @@ def main() -> None:
             data["cuda"].append(measure_cuda(kind, rounds, seconds))
             row = data["cuda"][-1]
             print(
-                f"{row['device']}, {kind}, R = {row['R']}: {_range(row['env_steps_per_s'], ',.0f')} environment steps a "
-                f"second; {_range(row['speed_up_over_plain_cpu'])} times the plain loop on the CPU, "
+                f"{row['device']}, {kind}, R = {row['R']}: {_range(row['env_steps_per_s'], ',.0f')} environment steps "
+                f"a second; {_range(row['speed_up_over_plain_cpu'])} times the plain loop on the CPU, "
                 f"{_range(row['speed_up_over_plain_cuda'])} on the device"
             )
     else:

@@ -309,7 +309,7 @@ class _Padded:
         if self._whole is None:
             is_image, is_cpu = len(self._shape) > 1, self._all.device.type == "cpu"
             count = max(1, _EVAL_IMAGES // len(self._all)) if is_image and is_cpu else self._n
-            self._whole = [self.take(part) for part in self._all.split(count, 1)]
+            self._whole = [self.take(part) for part in torch.split(self._all, count, 1)]
         return self._whole
 
     def mean(self, values: Tensor) -> Tensor:
