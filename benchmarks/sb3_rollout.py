@@ -2,8 +2,8 @@
 
     python benchmarks/sb3_rollout.py [--rounds 20] [--out FILE.json]
 
-One iteration is a whole episode of 256 runs (27 decisions, 18 signals), then PPO's update (4 epochs, 3 minibatches). The
-same is done by a bare loop: the policy in NumPy, everything kept in arrays, the update in a few lines of torch. The
+One iteration is a whole episode of 256 runs (27 decisions, 18 signals), then PPO's update (4 epochs, 3 minibatches).
+The same is done by a bare loop: the policy in NumPy, everything kept in arrays, the update in a few lines of torch. The
 environment costs nothing but random numbers, and what it costs is counted apart and taken off. The two are run in turn,
 in an order that changes from round to round. CPU seconds of the process on one thread; medians with quartiles.
 
@@ -136,8 +136,8 @@ class Bare:
             last = rewards[step] + values[step + 1] - values[step] + 0.97 * last
             advantages[step] = last
         returns = advantages + values[:-1]
-        arrays = (features.reshape(-1, N_SIGNALS), chosen, chances, advantages, returns)
-        return [torch.from_numpy(array.reshape(N_DECISIONS * N_RUNS, -1).squeeze(1)) for array in arrays]
+        flat = [torch.from_numpy(array.reshape(-1)) for array in (chosen, chances, advantages, returns)]
+        return [torch.from_numpy(features.reshape(-1, N_SIGNALS)), *flat]
 
     def train(self, rollout) -> None:
         """4 epochs of 3 minibatches."""
@@ -172,15 +172,14 @@ def measure_rollouts(rounds: int) -> dict:
         registry.add("signal", name, "trimtab.signals:progress")
     agent = PPOAgent(signals=names)
     trainer, bare, envs = PPOTrainer(agent, 0, {}), Bare(agent), RandomTraining()
-    collect, train = Stopwatch(trainer.model.collect_rollouts), Stopwatch(trainer.model.train)
-    trainer.model.collect_rollouts, trainer.model.train = collect, train
+    train = trainer.model.train = Stopwatch(trainer.model.train)
     kept: dict[str, list[float]] = {}
 
     def note(key: str, seconds: float) -> None:
         kept.setdefault(key, []).append(1000 * seconds)
 
     def with_sb3(turn: int) -> None:
-        envs.seconds = collect.seconds = train.seconds = 0.0
+        envs.seconds = train.seconds = 0.0
         view = SB3View(
             envs,
             observe=agent.features,

@@ -66,6 +66,8 @@ class PolicyAgent(Agent):
         InputError: An option is out of range, or the residual's rule needs a signal that is not observed.
     """
 
+    is_taught = True
+
     def __init__(  # noqa: PLR0913 (options of a study file, flat because people write them by hand)
         self,
         *,

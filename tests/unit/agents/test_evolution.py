@@ -56,7 +56,7 @@ def test_pairs_stay_together_and_all_act_equally_often(population: int, group_si
 
 def test_it_finds_the_known_optimum() -> None:
     """One decision, x seen without noise, reward the rank of -|x + move|: the best policy is move = -x, all else 0."""
-    agent = Evolution(signals=SIGNALS, n_decisions=1, early_decisions=0, sigma=0.05, seed=4)
+    agent = Evolution(signals=SIGNALS, n_decisions=1, early_decisions=0, seed=4)
     envs = FakeTraining(ControlSpec.for_agent(agent), 64, n_decisions=1, noise=0.0, spread=1.5)
     agent.learn(envs, 300 * 64)
     assert agent.generation == 300

@@ -138,3 +138,29 @@ def test_an_environment_that_hides_how_runs_end_is_refused() -> None:
     view.reset()
     with pytest.raises(InputError, match=r"16 runs ended, but the infos \[\] hold no 'final_obs'"):
         view.step(np.ones(16, np.int64))
+
+
+def test_gymnasiums_own_vector_environment() -> None:
+    """CartPole: runs that end at different times, and infos as Gymnasium itself writes them."""
+
+    def make() -> gymnasium.vector.SyncVectorEnv:
+        makers = [lambda: gymnasium.make("CartPole-v1", max_episode_steps=12)] * 3
+        return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+
+    view, twin = SB3View(make()), make()
+    view.seed(1)
+    np.testing.assert_array_equal(view.reset(), twin.reset(seed=1)[0])
+    rng, ends = np.random.default_rng(0), {True: 0, False: 0}
+    for _ in range(60):
+        actions = rng.integers(0, 2, 3)
+        _, _, done, infos = view.step(actions)
+        _, _, terminated, truncated, extra = twin.step(actions)
+        assert done.tolist() == (terminated | truncated).tolist()
+        for run in np.flatnonzero(done):
+            np.testing.assert_array_equal(infos[run]["terminal_observation"], extra["final_obs"][run])
+            assert infos[run]["TimeLimit.truncated"] == (truncated[run] and not terminated[run])
+            ends[infos[run]["TimeLimit.truncated"]] += 1
+    assert min(ends.values()) > 0
+    assert len(view.finished) == sum(ends.values())
+    view.close()
+    twin.close()

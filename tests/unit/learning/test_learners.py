@@ -167,6 +167,16 @@ def test_only_what_was_cut_is_bootstrapped() -> None:
         assert (abs(last) <= 0.5).all() != is_bootstrapped
 
 
+def test_two_knobs_are_moved_at_once() -> None:
+    agent = make_agent("ppo", {"signals": SIGNALS, "n_decisions": 4, "early_decisions": 1}, n_knobs=2)
+    spec = ControlSpec.for_agent(agent, knobs=("lr", "weight_decay"))
+    learner, envs = make_learner("ppo", spec, options=QUICK["ppo"]), FakeTraining(spec, 32)
+    assert learner.iterate(envs)["entropy"] == pytest.approx(2 * 2.1, abs=0.2)
+    assert {actions.shape for actions in envs.actions} == {(32, 2)}
+    assert set(np.unique(envs.actions)) == set(agent.moves)
+    assert learner.agent().predict(np.zeros((3, 4)), deterministic=True)[0].shape == (3, 2)
+
+
 def test_exploration_falls_in_a_line() -> None:
     options = PPOOptions(iterations=11)
     weights = [options.between(options.entropy, options.entropy_end, i) for i in (0, 5, 10, 99)]
