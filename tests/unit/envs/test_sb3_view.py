@@ -144,14 +144,14 @@ def test_gymnasiums_own_vector_environment() -> None:
     """CartPole: runs that end at different times, and infos as Gymnasium itself writes them."""
 
     def make() -> gymnasium.vector.SyncVectorEnv:
-        makers = [lambda: gymnasium.make("CartPole-v1", max_episode_steps=12)] * 3
+        makers = [lambda: gymnasium.make("CartPole-v1", max_episode_steps=20)] * 3
         return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
     view, twin = SB3View(make()), make()
     view.seed(1)
     np.testing.assert_array_equal(view.reset(), twin.reset(seed=1)[0])
     rng, ends = np.random.default_rng(0), {True: 0, False: 0}
-    for _ in range(60):
+    for _ in range(200):
         actions = rng.integers(0, 2, 3)
         _, _, done, infos = view.step(actions)
         _, _, terminated, truncated, extra = twin.step(actions)
