@@ -69,7 +69,7 @@ class Hand:
         """Present value of each knob, read from where it acts; may wait for a device."""
         return {knob.name: knob.get(self._state) for knob in self._knobs}
 
-    def act(self, action: npt.NDArray[Any], index: int, step: int, *, is_placebo: bool) -> None:
+    def act(self, action: npt.NDArray[Any], index: int, step: int, *, is_placebo: bool, remark: str = "") -> None:
         """Write what the gate and the bounds grant of an action; a placebo's action is recorded, not written.
 
         Args:
@@ -77,6 +77,7 @@ class Hand:
             index: Number of the decision.
             step: Optimizer steps taken.
             is_placebo: See above.
+            remark: What the agent says of it.
         """
         asked = self._spec.decode_one(action, self.settings)
         has_changed = False
@@ -87,6 +88,8 @@ class Hand:
                 granted, note = min(max(granted, knob.low), knob.high), f"bounds [{knob.low:g}, {knob.high:g}]"
             if is_placebo:
                 granted, note = present, "placebo: decided, not written"
+            if remark:
+                note = f"{note}; {remark}" if note else remark
             has_changed |= granted != present
             self._set(column, granted, index, step, "agent", float(action[0, column]), asked[column], note)
         if has_changed:
