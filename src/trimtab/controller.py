@@ -274,8 +274,10 @@ class Controller:
             self._act(observation, verdict, is_over=is_over)
             if is_over:
                 self.status = "over"
-            elif self._guard is not None:
+            elif verdict.kind == "roll_back":
                 self._snapshot.take()
+            elif self._guard is not None:
+                self._snapshot.keep()
         self._index += 1
         self._set_next()
         return self.decisions[first:]

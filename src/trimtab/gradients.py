@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trimtab.flat import FlatView, Floats, gather
+from trimtab.flat import FlatRow, FlatView, Floats, gather
 
 __all__ = ["GradientProbe", "measure_each", "measure_rows"]
 
@@ -43,7 +43,10 @@ class GradientProbe:
         self._before: list[Tensor] = []
         self._kept: list[Tensor] = []  # the parameters that were copied
         self._view: FlatView | None = None  # in a small network, instead of `_before`: weights seen as one row
-        self._rows: Floats = np.empty((3, 0), np.float32)  # update (before: old weights), weights, gradient
+        self._rows = (FlatRow(0),) * 3  # update (before: old weights), weights, gradient
+        self._gradient_parts: list[Tensor] = []  # the last of them, in the shapes of the parameters
+        self._is_open = False  # whether the rows hold what was looked at and not worked out yet
+        self._scale = 1.0  # of the gradient in the rows
         self._before_count = -1
         self._measured: list[Row] = []
         self._left = 0  # steps of this interval that will still be taken, the coming one included
@@ -132,10 +135,11 @@ class GradientProbe:
 
     def _keep(self, parameters: list[Tensor]) -> None:
         """Copy the weights as they are before this step."""
+        self._work_out()
         view = self._view
         if view is None or not view.shows(parameters):
             view = self._view = FlatView(parameters) if FlatView.fits(parameters) else None
-            self._rows = np.empty((3, view.size if view is not None else 0), np.float32)
+            self._make_rows(parameters)
         if view is not None:
             view.copy_to(self._rows[0])
         elif [*map(id, parameters)] == [*map(id, self._kept)] and _are_like(self._before, parameters):
@@ -152,31 +156,43 @@ class GradientProbe:
         view = self._view
         if view is not None:
             if view.shows(parameters) and all([gradient.is_cpu for gradient in gradients]):
-                update, weights, gradient = self._rows
-                view.copy_to(weights)
-                np.concatenate([tensor.detach().numpy().reshape(-1) for tensor in gradients], out=gradient)
-                with np.errstate(all="ignore"):  # a diverging run overflows here; others deal with that
-                    update -= weights
-                    row = measure_rows(update, weights, gradient)
-                self._measured.append(self._unscale(row))
+                view.copy_to(self._rows[1])
+                # Gradients lie on other memory at every step: one call of torch is cheaper than a view of each.
+                torch._foreach_copy_(self._gradient_parts, [g.detach() if g.requires_grad else g for g in gradients])
+                scale = getattr(self._optimizer, "grad_scale", None)
+                self._scale = float(scale) if isinstance(scale, Tensor) else 1.0
+                self._is_open = True
             return
         now = [parameter.detach() for parameter in parameters]
         if _are_like(self._before, now):
             torch._foreach_sub_(self._before, now)
             totals = measure_each(self._before, now, [gradient.detach() for gradient in gradients])
-            self._measured.append(self._unscale(totals))
+            # Fused optimizers unscale the gradient themselves: here it is still scaled.
+            scale = getattr(self._optimizer, "grad_scale", None)
+            if isinstance(scale, Tensor):
+                totals[2:] /= scale.to(totals.device)
+            self._measured.append(totals)
 
-    def _unscale(self, row: Row) -> Row:
-        """Fused optimizers unscale the gradient themselves: here it is still scaled."""
-        scale = getattr(self._optimizer, "grad_scale", None)
-        if isinstance(scale, Tensor):
-            if isinstance(row, list):
-                return [*row[:2], row[2] / float(scale), row[3] / float(scale)]
-            row[2:] /= scale.to(row.device)
-        return row
+    def _make_rows(self, parameters: list[Tensor]) -> None:
+        view = self._view
+        size = 0 if view is None else view.size
+        self._rows = (FlatRow(size), FlatRow(size), FlatRow(size))
+        self._gradient_parts = [] if view is None else view.parts_of(self._rows[2], parameters)
+
+    def _work_out(self) -> None:
+        """Do the arithmetic of a small network's look: not in the look, where its code would have to be fetched."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        update, weights, gradient = (row.numbers for row in self._rows)
+        with np.errstate(all="ignore"):  # a diverging run overflows here; others deal with that
+            update -= weights
+            norms = measure_rows(update, weights, gradient)
+        self._measured.append([*norms[:2], norms[2] / self._scale, norms[3] / self._scale])
 
     def pending(self) -> list[Row]:
         """What was measured since the last `collect`: rows of four, tensors where they are still on a device."""
+        self._work_out()
         return self._measured
 
     def forget(self) -> None:
@@ -205,6 +221,7 @@ class GradientProbe:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on in the middle of an interval."""
+        self._work_out()
         has_copy = self._before_count == self._count[0]
         everything = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         places = {id(parameter): place for place, parameter in enumerate(everything)}
@@ -212,7 +229,7 @@ class GradientProbe:
             "of": [places[id(parameter)] for parameter in self._kept] if has_copy else [],
             "found_inf": self.count_found_inf(),
             "before": [tensor.clone() for tensor in self._before] if has_copy and self._view is None else [],
-            "row": torch.from_numpy(self._rows[0].copy()) if has_copy and self._view is not None else None,
+            "row": torch.from_numpy(self._rows[0].numbers.copy()) if has_copy and self._view is not None else None,
             "before_count": self._before_count if has_copy else -1,
             "measured": [row if isinstance(row, list) else row.clone() for row in self._measured],
             "left": self._left,
@@ -227,14 +244,14 @@ class GradientProbe:
         self._kept = [parameters[place] for place in state["of"]]
         self._before = [kept.to(p.device, copy=True) for kept, p in zip(state["before"], self._kept, strict=False)]
         self._before_count = state["before_count"]
-        self._view = None
+        self._view, self._is_open = None, False
         row = state["row"]
         if row is not None:
             view = FlatView(self._kept) if FlatView.fits(self._kept) else None
             if view is not None and view.size == row.numel():
                 self._view = view
-                self._rows = np.empty((3, view.size), np.float32)
-                self._rows[0] = row.numpy()
+                self._make_rows(self._kept)
+                self._rows[0].numbers[:] = row.numpy()
             else:
                 self._before_count = -1
         device = parameters[0].device

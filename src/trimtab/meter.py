@@ -51,11 +51,9 @@ class Meter:
             InputError: It is not one number.
         """
         if isinstance(loss, Tensor):
-            if loss.is_cpu and loss.numel() == 1:
-                self._losses.append(float(loss.item()))  # nothing to wait for, and a third of what a copy costs
-                return
+            scalar = loss if loss.dim() == 0 else _to_scalar(loss)
             # A copy: the caller may reuse the memory, as loops do that add up micro-batches in one tensor.
-            self._losses.append((loss.detach() if loss.dim() == 0 else _to_scalar(loss)).clone())
+            self._losses.append(float(scalar.item()) if _is_near(scalar) else scalar.detach().clone())
         else:
             self._losses.append(to_number(loss, _NO_LOSS.format(repr(loss))))
 
@@ -70,10 +68,9 @@ class Meter:
         """
         rows = self.probe.pending()
         parts = [row for row in rows if isinstance(row, Tensor)]
-        if parts or isinstance(health, Tensor) or not _are_near(self._losses):
+        losses = [loss for loss in self._losses if not isinstance(loss, Tensor)]
+        if parts or isinstance(health, Tensor) or len(losses) < len(self._losses):
             losses, rows, health = self._bring(parts, rows, health)
-        else:
-            losses = [float(loss) for loss in self._losses]
         count, half = len(losses), max(1, len(losses) // 2)
         early, late = sum(losses[:half]), sum(losses[half:])
         interval = Interval(
@@ -125,10 +122,9 @@ class Meter:
         self.probe.load_state_dict(state["probe"])
 
 
-def _are_near(losses: list[Tensor | float]) -> bool:
-    """Whether no loss lies on a device: then one by one is cheaper than stacked."""
-    first = losses[0]
-    return not isinstance(first, Tensor) or first.is_cpu
+def _is_near(loss: Tensor) -> bool:
+    """Whether a loss can be read without waiting for a device; reading it is a few us cheaper than copying it."""
+    return loss.is_cpu
 
 
 def to_number(value: object, wrong: str) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from toy import OPTIMIZERS, Toy
-from trimtab.flat import SMALL_UP_TO, FlatView
+from trimtab.flat import SMALL_UP_TO, FlatRow, FlatView
 from trimtab.gradients import GradientProbe, measure_each, measure_rows
 
 
@@ -180,14 +180,14 @@ def test_closed_or_let_go_it_looks_no_more() -> None:
 def test_a_flat_view_shows_and_copies() -> None:
     tensors = [torch.arange(6.0).reshape(2, 3), torch.tensor(7.0), torch.zeros(0), torch.tensor([8.0, 9.0])]
     view = FlatView(tensors)
-    row = np.empty(view.size, np.float32)
+    row = FlatRow(view.size)
     view.copy_to(row)
-    assert row.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+    assert row.numbers.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
     tensors[0].add_(10)
-    assert row[0] == 0
+    assert row.numbers[0] == 0
     assert view.shows(tensors)
     assert not view.shows([tensors[0].clone(), *tensors[1:]])
-    assert [part.tolist() for part in view.rows_of(row, tensors)][:2] == [[[0, 1, 2], [3, 4, 5]], 7]
+    assert [part.tolist() for part in view.parts_of(row, tensors)][:2] == [[[0, 1, 2], [3, 4, 5]], 7]
     moved = nn.Parameter(torch.ones(2))
     other = FlatView([moved])
     moved.data = torch.zeros(2)  # the same object on other memory, as after module.to
