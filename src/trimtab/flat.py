@@ -40,6 +40,12 @@ class FlatRow:
         self.numbers: Floats = np.empty(size, np.float32)
         self.memory = self.numbers.data
 
+    def __deepcopy__(self, memo: object) -> FlatRow:
+        """A row of the same numbers; a memoryview itself cannot be copied."""
+        row = FlatRow(len(self.numbers))
+        row.numbers[:] = self.numbers
+        return row
+
 
 class FlatView:
     """Tensors of float32 on the CPU, few numbers in all, on one long row.
@@ -58,6 +64,10 @@ class FlatView:
         ends = [*itertools.accumulate([len(view) for view in views])]
         self._places = [(slice(*ends), view) for *ends, view in zip([0, *ends], ends, views, strict=False)]
         self.size = ends[-1] if ends else 0
+
+    def __deepcopy__(self, memo: object) -> FlatView:
+        """A view of nothing: the copied tensors lie elsewhere, so their owner has to make another."""
+        return FlatView([])
 
     @staticmethod
     def fits(tensors: Sequence[Tensor]) -> bool:

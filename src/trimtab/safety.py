@@ -280,7 +280,7 @@ class Snapshot:
         return gather(torch._foreach_norm(weights)).sum().view(1)
 
     def keep(self) -> None:
-        """Take a snapshot where nothing was written to any tensor since `sum_of_weights`."""
+        """Take a snapshot as of `sum_of_weights`, where no tensor has been written since: saves the second copy."""
         if not self._is_copied:
             self.take()
             return
@@ -328,6 +328,7 @@ class Snapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Put the copy back in place: the same tensors hold the old values again."""
+        self._is_copied = False
         n_parameters, n_buffers = self._counts
         parameters = self._parameters()
         # A group added since the copy was taken keeps its weights: nothing older of it is known.
