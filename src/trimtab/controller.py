@@ -110,6 +110,7 @@ class Controller:
         self._meter = Meter(optimizer)
         self._meter.needs_spread = "loss_noise" in self.spec.signals
         self._probe = self._meter.probe
+        self._probe.needs_layers = any(name.startswith("update_to_weight_") for name in self.spec.signals)
         self._best: dict[str, Tensor] | None = None
         self._t = 0
         self._index = 0
@@ -278,8 +279,10 @@ class Controller:
             self._act(observation, verdict, is_over=is_over)
             if is_over:
                 self.status = "over"
-            elif self._guard is not None:
+            elif verdict.kind == "roll_back":
                 self._snapshot.take()
+            elif self._guard is not None:
+                self._snapshot.keep()
         self._index += 1
         self._set_next()
         return self.decisions[first:]
