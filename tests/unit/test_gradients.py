@@ -215,12 +215,11 @@ def test_what_fits_into_a_flat_view(tensors: list[Tensor], fits: bool) -> None:
 def test_layer_ratios_are_of_matrices_and_in_order(is_small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not is_small:
         monkeypatch.setattr(FlatView, "fits", staticmethod(lambda tensors: False))
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3), nn.Linear(3, 2))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     probe = GradientProbe(optimizer)
     probe.needs_layers = True
-    inputs = torch.randn(8, 4)
+    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     weights: list[list[Tensor]] = []
     probe.aim(12)
     for _ in range(12):
