@@ -23,9 +23,9 @@ from torch import Tensor
 from trimtab.errors import InputError, unknown_name
 from trimtab.seeding import derive_seed, torch_generator
 from trimtab.tasks.base import Split
-from trimtab.tasks.small import SmallTask
+from trimtab.tasks.small import Network, SmallTask
 from trimtab.training.batched_optimizer import BatchedOptimizer
-from trimtab.training.stacked import segments, stack
+from trimtab.training.stacked import segments, split, stack
 
 __all__ = ["BatchedTraining", "IntervalStats"]
 
@@ -125,7 +125,7 @@ class BatchedTraining:
             is_class = torch.tensor([task.kind == "classification" for task in tasks]).unsqueeze(1)
             self._no_class = torch.zeros(beyond.shape, dtype=dtype).masked_fill(beyond & is_class, -math.inf)
             self._no_class = self._no_class.unsqueeze(2).to(self._device)
-        self._drop = _Dropout([task.network.dropout for task in tasks], seeds, dtype, self._device)
+        self._drop = _Dropout([task.network for task in tasks], seeds, dtype, self._device)
         self.steps_done = 0
 
     # ---- training -----------------------------------------------------------------------------------------------
@@ -178,11 +178,13 @@ class BatchedTraining:
         if self._no_class is not None:
             outputs = outputs + self._no_class
         parts = []
-        for kind, where in self._kinds:
+        for (kind, _), given, wanted in zip(
+            self._kinds, split(outputs, self._kinds), split(targets, self._kinds), strict=True
+        ):
             if kind == "classification":
-                parts.append(F.cross_entropy(outputs[where], targets[where].long(), reduction="none"))
+                parts.append(F.cross_entropy(given, wanted.long(), reduction="none"))
             else:
-                parts.append((outputs[where, 0] - targets[where]) ** 2)
+                parts.append((given[:, 0] - wanted) ** 2)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _measure(self, before: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,23 +255,37 @@ class _Dropout:
     """Dropout of the runs that have it, by each one's own probability; equal seeds share their masks' numbers."""
 
     def __init__(
-        self, probabilities: Sequence[float], seeds: Sequence[int], dtype: torch.dtype, device: torch.device
+        self, networks: Sequence[Network], seeds: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        runs = [run for run, probability in enumerate(probabilities) if probability > 0]
-        self.is_needed = bool(runs)
+        self.is_needed = any(network.dropout > 0 for network in networks)
         self.steps_done = 0
-        self._runs = torch.tensor(runs, device=device)
-        keep = torch.tensor([1 - probabilities[run] for run in runs], dtype=dtype, device=device)
-        self._keep = keep.view(-1, 1, 1)
+        depth = max(len(network.hidden) for network in networks)
+        self._parts = [self._of_layer(layer, networks, seeds, dtype, device) for layer in range(depth)]
+        self._masks: dict[int, Tensor] = {}
+
+    @staticmethod
+    def _of_layer(
+        layer: int, networks: Sequence[Network], seeds: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """The runs with dropout in a layer, what each keeps, the distinct seeds, and which is whose."""
+        runs = [run for run, network in enumerate(networks) if network.dropout > 0 and len(network.hidden) > layer]
+        keep = torch.tensor([1 - networks[run].dropout for run in runs], dtype=dtype, device=device)
         distinct = sorted({seeds[run] for run in runs})
-        self._seeds = torch.tensor([derive_seed(seed, "dropout") for seed in distinct], device=device)
-        self._seed_of = torch.tensor([distinct.index(seeds[run]) for run in runs], device=device)
+        numbers = torch.tensor([derive_seed(seed, "dropout") for seed in distinct], device=device)
+        seed_of = torch.tensor([distinct.index(seeds[run]) for run in runs], device=device)
+        return torch.tensor(runs, device=device), keep.view(-1, 1, 1), numbers, seed_of
 
     def __call__(self, layer: int, x: Tensor) -> Tensor:
         """Activations (R, units, B) of a layer, after dropout."""
-        uniform = hashed_uniform(self._seeds, self.steps_done * 16 + layer, x.shape[1:])
-        mask = (uniform[self._seed_of] < self._keep) / self._keep
-        return x.index_copy(0, self._runs, x.index_select(0, self._runs) * mask)
+        runs, keep, seeds, seed_of = self._parts[layer]
+        if not len(runs):
+            return x
+        mask = self._masks.get(layer)  # of all runs, 1 for those without: written anew at every step
+        if mask is None or mask.shape != x.shape:
+            mask = self._masks[layer] = torch.ones_like(x, requires_grad=False)
+        uniform = hashed_uniform(seeds, self.steps_done * 16 + layer, x.shape[1:])
+        mask.index_copy_(0, runs, (uniform[seed_of] < keep) / keep)
+        return x * mask
 
 
 class _Padded:

@@ -22,7 +22,7 @@ from trimtab.errors import InputError
 from trimtab.seeding import torch_generator
 from trimtab.tasks.small import Network
 
-__all__ = ["StackedCNN", "StackedMLP", "segments", "stack"]
+__all__ = ["StackedCNN", "StackedMLP", "segments", "split", "stack"]
 
 _Key = TypeVar("_Key", bound=Hashable)
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu}
@@ -37,6 +37,12 @@ def segments(keys: Sequence[_Key]) -> list[tuple[_Key, slice]]:
         out.append((key, slice(start, end)))
         start = end
     return out
+
+
+def split(x: Tensor, stretches: Sequence[tuple[Any, slice]]) -> Sequence[Tensor]:
+    """The rows of each stretch; to differentiate slices one by one would fill a tensor of the whole for each."""
+    parts: Sequence[Tensor] = torch.split(x, [where.stop - where.start for _, where in stretches])
+    return parts
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,8 @@ class _Stacked:
         """A function of (activation's name, the runs that have it), run by run in their order."""
         if len(self._activations) == 1:
             return function(self._activations[0][0], x)
-        return torch.cat([function(name, x[where]) for name, where in self._activations])
+        parts = split(x, self._activations)
+        return torch.cat([function(name, part) for (name, _), part in zip(self._activations, parts, strict=True)])
 
 
 class StackedMLP(_Stacked):
@@ -166,13 +173,14 @@ class StackedMLP(_Stacked):
             layers.append(_Layer(start, n_in, max(n_outputs) if is_last else width, 1, used))
             start = layers[-1].end
         super().__init__(layers, networks, device)
-        # A run without the layer hands on what it has: all hidden layers are padded to one width.
-        self._has_layer = [
-            None
-            if all(out for _, out in layer.used)
-            else torch.tensor([out > 0 for _, out in layer.used], device=device).view(-1, 1, 1)
-            for layer in layers
-        ]
+        # Of each hidden layer the stretches of runs with one activation, None for those without this layer.
+        self._stretches = [
+            segments([
+                network.activation if n_out else None
+                for network, (_, n_out) in zip(networks, layer.used, strict=True)
+            ])
+            for layer in layers[:-1]
+        ]  # fmt: skip
 
     def forward(self, parameters: Sequence[Tensor], inputs: Tensor, noise: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Outputs (R, C, B).
@@ -184,10 +192,21 @@ class StackedMLP(_Stacked):
         """
         x = inputs
         for index in range(len(self.layers) - 1):
-            new = noise(index, self._activate(torch.baddbmm(parameters[2 * index + 1], parameters[2 * index], x)))
-            mask = self._has_layer[index]
-            x = new if mask is None else torch.where(mask, new, x)
+            x = noise(index, self._hidden(index, parameters[2 * index], parameters[2 * index + 1], x))
         return torch.baddbmm(parameters[-1], parameters[-2], x)
+
+    def _hidden(self, index: int, weights: Tensor, biases: Tensor, x: Tensor) -> Tensor:
+        """A hidden layer; a run that has it not hands on what it has, for all are padded to one width."""
+        stretches = self._stretches[index]
+        if all([name is not None for name, _ in stretches]):
+            return self._activate(torch.baddbmm(biases, weights, x))
+        parts = [
+            part if name is None else _ACTIVATIONS[name](torch.baddbmm(b, w, part))
+            for (name, _), w, b, part in zip(
+                stretches, split(weights, stretches), split(biases, stretches), split(x, stretches), strict=True
+            )
+        ]
+        return torch.cat(parts)
 
 
 def _used(hidden: Sequence[int], n_in: int, n_out: int, index: int, *, is_last: bool) -> tuple[int, int]:
