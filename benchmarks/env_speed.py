@@ -6,8 +6,8 @@ The vector environment at R = 1, 16, 64 and 256 runs is taken in turn, in an ord
 with a plain torch loop that does the same work one network at a time. Environment steps (R of them in a call of `step`)
 per CPU second of the process, on one thread; stacking the runs and their first interval (`begin`) is reported beside
 them. A speed-up is the median over rounds of the environment's rate over the plain loop's in the same round, with its
-quartiles. Then two processes at once against one, by wall time, and R = 4096 on a CUDA device, by wall time, where there
-is one. All train by Adam, on as many rows as `trimtab.tasks.families` draws in the median.
+quartiles. Then two processes at once against one, and R = 4096 on a CUDA device where there is one, both by wall time.
+All train by Adam, on as many rows as `trimtab.tasks.families` draws in the median.
 """
 
 from __future__ import annotations

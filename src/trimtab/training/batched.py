@@ -25,7 +25,7 @@ from trimtab.seeding import derive_seed, torch_generator
 from trimtab.tasks.base import Split
 from trimtab.tasks.small import Network, SmallTask
 from trimtab.training.batched_optimizer import BatchedOptimizer
-from trimtab.training.stacked import segments, split, stack
+from trimtab.training.stacked import segments, split_rows, stack
 
 __all__ = ["BatchedTraining", "IntervalStats"]
 
@@ -179,7 +179,7 @@ class BatchedTraining:
             outputs = outputs + self._no_class
         parts = []
         for (kind, _), given, wanted in zip(
-            self._kinds, split(outputs, self._kinds), split(targets, self._kinds), strict=True
+            self._kinds, split_rows(outputs, self._kinds), split_rows(targets, self._kinds), strict=True
         ):
             if kind == "classification":
                 parts.append(F.cross_entropy(given, wanted.long(), reduction="none"))

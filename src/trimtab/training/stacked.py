@@ -22,7 +22,7 @@ from trimtab.errors import InputError
 from trimtab.seeding import torch_generator
 from trimtab.tasks.small import Network
 
-__all__ = ["StackedCNN", "StackedMLP", "segments", "split", "stack"]
+__all__ = ["StackedCNN", "StackedMLP", "segments", "split_rows", "stack"]
 
 _Key = TypeVar("_Key", bound=Hashable)
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu}
@@ -39,7 +39,7 @@ def segments(keys: Sequence[_Key]) -> list[tuple[_Key, slice]]:
     return out
 
 
-def split(x: Tensor, stretches: Sequence[tuple[Any, slice]]) -> Sequence[Tensor]:
+def split_rows(x: Tensor, stretches: Sequence[tuple[Any, slice]]) -> Sequence[Tensor]:
     """The rows of each stretch; to differentiate slices one by one would fill a tensor of the whole for each."""
     parts: Sequence[Tensor] = torch.split(x, [where.stop - where.start for _, where in stretches])
     return parts
@@ -137,7 +137,7 @@ class _Stacked:
         """A function of (activation's name, the runs that have it), run by run in their order."""
         if len(self._activations) == 1:
             return function(self._activations[0][0], x)
-        parts = split(x, self._activations)
+        parts = split_rows(x, self._activations)
         return torch.cat([function(name, part) for (name, _), part in zip(self._activations, parts, strict=True)])
 
 
@@ -203,7 +203,11 @@ class StackedMLP(_Stacked):
         parts = [
             part if name is None else _ACTIVATIONS[name](torch.baddbmm(b, w, part))
             for (name, _), w, b, part in zip(
-                stretches, split(weights, stretches), split(biases, stretches), split(x, stretches), strict=True
+                stretches,
+                split_rows(weights, stretches),
+                split_rows(biases, stretches),
+                split_rows(x, stretches),
+                strict=True,
             )
         ]
         return torch.cat(parts)
