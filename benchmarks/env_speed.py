@@ -54,9 +54,9 @@ NAMES = {
     "quadratic": "linear regression on 16 features, batches of 32",
 }
 GOALS = {
-    "speed-up, MLP": 20.0,
-    "speed-up, CNN": 5.0,
-    "environment steps per CPU second, MLP": 6000.0,
+    "speed-up at R = 256, MLP": 20.0,
+    "speed-up at R = 256, CNN": 5.0,
+    "environment steps per CPU second at R = 256, MLP": 6000.0,
     "two processes over one": 1.8,
     "speed-up on CUDA at R = 4096": 100.0,
 }
@@ -370,9 +370,9 @@ def judge(data: dict[str, Any]) -> list[dict[str, Any]]:
     processes = {row["kind"]: row["two_over_one"]["median"] for row in data["processes"]}
     cuda = {row["kind"]: row["speed_up_over_plain_cpu"]["median"] for row in data["cuda"]}
     found = {
-        "speed-up, MLP": best.get("mlp", {}).get("speed_up"),
-        "speed-up, CNN": best.get("cnn", {}).get("speed_up"),
-        "environment steps per CPU second, MLP": best.get("mlp", {}).get("rate"),
+        "speed-up at R = 256, MLP": best.get("mlp", {}).get("speed_up"),
+        "speed-up at R = 256, CNN": best.get("cnn", {}).get("speed_up"),
+        "environment steps per CPU second at R = 256, MLP": best.get("mlp", {}).get("rate"),
         "two processes over one": processes.get("mlp"),
         "speed-up on CUDA at R = 4096": cuda.get("mlp"),
     }
@@ -435,7 +435,7 @@ def main() -> None:
         print("no CUDA device")
     data["goals"] = judge(data)
     for goal in data["goals"]:
-        measured = "not measured" if goal["measured"] is None else f"{goal['measured']:,.1f}"
+        measured = "not measured" if goal["measured"] is None else f"{goal['measured']:,.2f}"
         verdict = {None: "", True: ": reached", False: ": not reached"}[goal["reached"]]
         print(f"goal: {goal['goal']} at least {goal['at_least']:,g}; {measured}{verdict}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
