@@ -113,14 +113,15 @@ class Driver:
         decisions = [] if self._control is None else self._control.decisions
         return sum(decision.source in ("guard", "gave_up") for decision in decisions)
 
-    def news(self) -> dict[str, Any]:
-        """What is kept of the run beside its losses: status, roll-backs, and what a twin would replay."""
-        status = "done" if self._control is None else self._control.status
-        return {"status": status, "rollbacks": self.n_restored(), "replay": self._replay()}
+    @property
+    def status(self) -> str:
+        """How the run ended: "over", "gave_up", or "done" without a controller."""
+        return "done" if self._control is None else self._control.status
 
-    def _replay(self) -> dict[str, Any] | None:
+    def replay(self) -> dict[str, Any] | None:
+        """What a twin would do again: the settings that were granted, decision by decision; None for a baseline."""
         scheduler = self._control
-        if not (isinstance(scheduler, trimtab.RLScheduler) and self._reports):
+        if not isinstance(scheduler, trimtab.RLScheduler):
             return None
         spec, agent = scheduler.brain.spec, scheduler.brain.agent
         start = agent.initial_setting(type(self._loop.optimizer).__name__) or self._start
@@ -129,7 +130,7 @@ class Driver:
             if decision.knob == "lr":
                 settings += [settings[-1]] * (decision.index + 2 - len(settings))
                 settings[decision.index + 1] = decision.setting
-        rows = [[float(f"{setting:.6g}")] for setting in settings[1:] or settings]
+        rows = [[setting] for setting in settings[1:] or settings]
         return {"start": start, "settings": rows, "timing": asdict(spec.timing), "base": asdict(spec.base)}
 
 
@@ -221,7 +222,9 @@ def _control(loop: TrainingLoop, agent: str, options: Mapping[str, Any]) -> Cont
 def _q_learning(job: Mapping[str, Any], loop: TrainingLoop) -> Controller:
     task = loop.task
     options = {"every": task.eval_every, "base": "cosine", "base_options": _cosine_of(task)}
-    agent = make_agent("q_learning", options, seed=derive_seed(0, "zero-shot exploration", job["part"], job["index"] + 1))
+    agent = make_agent(
+        "q_learning", options, seed=derive_seed(0, "zero-shot exploration", job["part"], job["index"] + 1)
+    )
     return Controller(agent, optimizer=loop.optimizer, model=loop.model, total_steps=loop.total_steps)
 
 
@@ -241,8 +244,8 @@ def _schedule_free(loop: TrainingLoop) -> torch.optim.Optimizer:
     task, package = loop.task, check_extra("schedulefree")
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in loop.model.modules()):
         raise InputError(
-            f"schedule-free on {task.name}: batch norm keeps statistics of the weights that gradients are taken at, not "
-            "of those that are evaluated; take a task without it"
+            f"schedule-free on {task.name}: batch norm keeps statistics of the weights that gradients are taken at, "
+            "not of those that are evaluated; take a task without it"
         )
     groups, options = _groups(loop), {"lr": task.lr, "warmup_steps": task.warmup_steps}
     if task.optimizer == "sgd":

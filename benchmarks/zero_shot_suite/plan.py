@@ -27,8 +27,8 @@ Runs = Mapping[str, Run]
 
 # Column of the tables -> what chooses a rate, and what is reported.
 COLUMNS = {"final": ("val", "test"), "best": ("best_val", "best_test")}
-# A loss that is not finite, or more than this many times the validation loss at the run's start (the guard's own mark of
-# divergence), counts as this many times that: of every arm alike, or one diverged run would decide about a mean.
+# A loss that is not finite, or more than this many times the validation loss at the run's start (the guard's own mark
+# of divergence), counts as this many times that: of every arm alike, or one diverged run would decide about a mean.
 DIVERGED = 2.0
 
 

@@ -47,15 +47,15 @@ def run_job(job: dict[str, Any], data_dir: str | None, progress: Callable[[dict[
     Returns:
         The job's arm, rate, role and index, and: val0 (validation loss at the start), val, test (final weights),
         best_val, best_test, best_step (weights of the best validation loss; None where the arm is told of none),
-        curve ([optimizer step, validation loss], report seeds only), status, rollbacks, replay (of an arm that has a
-        twin: what it decided), seconds (CPU). A loss that is not finite is None.
+        curve ([optimizer step, validation loss], report seeds only), status, rollbacks, replay (of "default", which has
+        a twin: what it decided), seconds (CPU). A loss that is not finite is None.
     """
     del progress
-    started = time.process_time()
     logging.getLogger("trimtab").setLevel(logging.ERROR)  # roll-backs are counted; here they only tear the bar
     part = find_part(job["part"])
     task = part.task(job["rate"])
     data = _load_data(part.task_name, data_dir)
+    started = time.process_time()
     loop = TrainingLoop(task, data, seed=run_seed(part, job["role"], job["index"]))
     driver = make_driver(job, loop)
     watch = _Watch(loop, driver)
@@ -69,7 +69,9 @@ def run_job(job: dict[str, Any], data_dir: str | None, progress: Callable[[dict[
         **{key: job[key] for key in ("arm", "rate", "role", "index")},
         **watch.end(),
         "curve": [[step, _finite(loss)] for step, loss in watch.curve] if job["role"] == "report" else None,
-        **driver.news(),
+        "status": driver.status,
+        "rollbacks": driver.n_restored(),
+        "replay": driver.replay() if job["arm"] == "default" else None,
         "seconds": round(time.process_time() - started, 3),
     }
 

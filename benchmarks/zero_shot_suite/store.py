@@ -1,7 +1,7 @@
 """What is kept of a part: one JSON file with every run's numbers, written whole or not at all.
 
-    {"format", "version", "part", "description", "options", "arms": {arm: identity}, "machine", "is_complete",
-     "runs": {"ARM RATE ROLE INDEX": what `run_job` returned}}
+{"format", "version", "part", "description", "options", "arms": {arm: identity}, "machine", "is_complete",
+ "runs": {"ARM RATE ROLE INDEX": what `run_job` returned}}
 """
 
 from __future__ import annotations

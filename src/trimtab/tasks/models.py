@@ -65,7 +65,7 @@ def mnist_cnn(n_classes: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def cifar10_cnn(n_classes: int, units: int = 64, dropout: float = 0.5) -> nn.Sequential:
+def cifar10_cnn(n_classes: int, units: int = 64, dropout: float = 0.25) -> nn.Sequential:
     """Two convolutions with pooling and a dense layer: (B, 3, 32, 32) -> (B, n_classes), 282,250 parameters for 10."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 32, 16, 16)
