@@ -31,6 +31,7 @@ from zero_shot_suite.store import Kept, load_all, open_part
 from zero_shot_suite.summary import summarize
 from zero_shot_suite.table import render
 
+from trimtab import registry
 from trimtab.errors import InputError, RunFailedError, TrimtabError
 from trimtab.executors import Event, Executor, make_executor
 from trimtab.storage import atomic_write
@@ -157,6 +158,8 @@ def run(arguments: argparse.Namespace) -> None:
     missing = [kept for kept in all_kept if next_jobs(kept.part, options, brains, kept.runs)]
     if not missing:
         print("nothing is missing; --table makes the tables")
+    for task_name in dict.fromkeys(kept.part.task_name for kept in missing):
+        registry.load("task", task_name)("small").load(arguments.data_dir)  # better missed now than after an hour
     progress = _Progress([kept.part for kept in missing], options, len(brains), arguments.workers)
     with make_executor("local", "zero_shot_suite.single:run_job", workers=arguments.workers, threads=1) as executor:
         for kept in missing:
@@ -188,7 +191,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Run, plan or tabulate; the exit code is 0, 1 if a run failed, or 2 on bad input."""
+    """Run, plan or tabulate; the exit code is 0, 1 if a run failed, 2 on bad input, or 130 if it was stopped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", metavar="NAME", help=f"one of {', '.join(PARTS)}; default: all")
     parser.add_argument("--table", action="store_true", help="make the tables from what is kept, and run nothing")
@@ -211,6 +214,9 @@ def main(given: Sequence[str] | None = None) -> int:
     except TrimtabError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print("\nstopped; what was run is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -194,6 +194,7 @@ def _part_row(item: _Column, column: str) -> dict[str, Any]:
             "test_loss": float(losses.mean()),
             "stderr": float(losses.std(ddof=1) / math.sqrt(len(losses))),
             "search_equivalent": None if is_tuned else figures.crossing(item.curve, item.ratio(arm)),
+            "time_to_target": _time(arm, [item]) if column == "final" else None,
         }
     return {
         "part": kept.part.name,

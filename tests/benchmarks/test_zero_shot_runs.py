@@ -176,6 +176,29 @@ def test_test_is_read_at_the_end_alone(monkeypatch):
     assert {split for split, step in reads if step < 60} == {"val"}
 
 
+def test_weights_that_the_guard_puts_back_are_measured_again(monkeypatch):
+    reads = []
+    evaluate = TrainingLoop.evaluate
+
+    def watched(loop, split):
+        measured = evaluate(loop, split)
+        reads.append((split, loop.steps_done, measured["loss"]))
+        return measured
+
+    monkeypatch.setattr(TrainingLoop, "evaluate", watched)
+    settings = [[0.01]] * 4 + [[1e4]]  # the last ten steps blow up, and are rolled back at the end
+    replay = {"start": 0.01, "settings": settings, "timing": {"every": 10}, "base": {"name": "constant"}}
+    got = run("yoked:default", replay=replay)
+    assert got["rollbacks"] == 1
+    assert [(split, step) for split, step, _ in reads[-4:]] == [("val", 60), ("val", 60), ("test", 60), ("test", 60)]
+    broken, mended = (loss for _, _, loss in reads[-4:-2])
+    assert mended < 1.0 < broken
+    assert got["val"] == pytest.approx(mended, rel=1e-5)
+    assert got["curve"][-1] == [60, got["val"]]
+    at_50 = next(loss for step, loss in got["curve"] if step == 50)
+    assert got["val"] == at_50  # where the last good interval ended
+
+
 def test_schedule_free_is_evaluated_at_its_average():
     pytest.importorskip("schedulefree", reason="the extra [baselines] is not installed")
     task = PART.task(0.05)
@@ -394,6 +417,14 @@ def test_the_whole_command_on_its_smallest_part(tmp_path, capsys):
     assert zero_shot.main(["--table", "--out", str(tmp_path)]) == 0
     assert "## Over all parts" in (tmp_path / "table.md").read_text()
     assert json.loads((tmp_path / "table.json").read_text())["head"]["is_trial"] is True
+
+
+def test_data_that_is_missing_is_said_before_anything_is_run(tmp_path, capsys):
+    pytest.importorskip("schedulefree", reason="the extra [baselines] is not installed")
+    given = ["--part", PART.name, "--part", "titanic-fcnn", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert zero_shot.main(given) == 2
+    assert "no titanic data: looked for titanic/train.parquet" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
