@@ -82,7 +82,7 @@ class Driver:
         self._control = control
         self._reports = reports
         self.has_best = has_best
-        self._start = float(loop.optimizer.param_groups[0]["lr"])
+        self._start = loop.task.lr
 
     def step(self, loss: Tensor) -> None:
         """After an optimizer step."""

@@ -96,22 +96,23 @@ _SGD = {"optimizer": "sgd", "momentum": 0.9}
 PARTS: dict[str, Part] = {
     part.name: part
     for part in (
-        Part("digits-mlp-60", "digits-mlp", {"total_steps": 60, "eval_every": 5}),
-        Part("digits-mlp-660", "digits-mlp", {"eval_every": 30}),
-        Part("digits-mlp-2000", "digits-mlp", {"total_steps": 2000, "eval_every": 100}),
-        Part("digits-mlp-660-sgd", "digits-mlp", {"eval_every": 30, **_SGD}),
-        Part("titanic-fcnn", "titanic-fcnn", {"eval_every": 30}),
-        Part("mnist-mlp", "mnist-mlp"),
-        Part("mnist-mlp-sgd", "mnist-mlp", _SGD),
-        Part("sst2-mlp", "sst2-mlp"),
-        Part("sst2-bilstm", "sst2-bilstm"),
-        Part("mnist-cnn", "mnist-cnn", {"batch_size": 16, "total_steps": 120, "eval_every": 12}),
-        Part("cifar10-cnn", "cifar10-cnn", {"total_steps": 200, "eval_every": 25}),
-        Part("cifar10-cnn-sgd", "cifar10-cnn", {"total_steps": 200, "eval_every": 25, **_SGD}),
+        Part("digits-mlp-60", "digits-mlp", {"total_steps": 60, "eval_every": 5}, cost_s=0.11),
+        Part("digits-mlp-660", "digits-mlp", {"eval_every": 30}, cost_s=0.4),
+        Part("digits-mlp-2000", "digits-mlp", {"total_steps": 2000, "eval_every": 100}, cost_s=1.05),
+        Part("digits-mlp-660-sgd", "digits-mlp", {"eval_every": 30, **_SGD}, cost_s=0.3),
+        Part("titanic-fcnn", "titanic-fcnn", {"eval_every": 30}, cost_s=0.4),
+        Part("mnist-mlp", "mnist-mlp", cost_s=0.32),
+        Part("mnist-mlp-sgd", "mnist-mlp", _SGD, cost_s=0.28),
+        Part("sst2-mlp", "sst2-mlp", cost_s=0.35),
+        Part("sst2-bilstm", "sst2-bilstm", cost_s=3.1),
+        Part("mnist-cnn", "mnist-cnn", {"batch_size": 16, "total_steps": 120, "eval_every": 12}, cost_s=5.4),
+        Part("cifar10-cnn", "cifar10-cnn", {"total_steps": 200, "eval_every": 25}, cost_s=6.9),
+        Part("cifar10-cnn-sgd", "cifar10-cnn", {"total_steps": 200, "eval_every": 25, **_SGD}, cost_s=6.9),
         Part(
             "shakespeare-gpt",
             "shakespeare-gpt",
             {"batch_size": 4, "total_steps": 200, "eval_every": 20, "eval_batches": 15, "test_batches": 60},
+            cost_s=7.4,
         ),
     )
 }

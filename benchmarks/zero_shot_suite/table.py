@@ -15,7 +15,6 @@ __all__ = ["render"]
 
 _FIRST = ("default", "default-loss", "uwhg", "placebo:default", "yoked:default", "q_learning")
 _LAST = ("default-cosine", "prodigy", "prodigy-cosine", *TUNED)
-_NAMES = {"default": "default brain", "default-loss": "default brain, train loss alone", "cosine": "cosine (reference)"}
 _GOALS = {
     "ratio": f"geometric mean over tuned cosine at most {GOALS['ratio']:.2f}",
     "worst": f"no part above {GOALS['worst']:.2f}",
@@ -113,7 +112,7 @@ def _main(final: Mapping[str, Any], best: Mapping[str, Any], arms: Sequence[str]
         n = "" if row["n_parts"] == len(final["parts"]) else f" ({row['n_parts']} parts)"
         other = best["arms"].get(arm)
         lines.append(_row((
-            _NAMES.get(arm, arm) + n,
+            f"`{arm}`{n}",
             "1" if arm == "cosine" else _between(row["ratio"]),
             _between(row["over_best"]),
             "-" if arm == "cosine" else f"{row['worst']['ratio']:.2f} ({row['worst']['part']})",
@@ -151,7 +150,7 @@ def _goals(final: Mapping[str, Any]) -> list[str]:
     arms = _ordered_any(goals)
     if not arms:
         return ["No arm of ours has run on every part."]
-    lines = [_row(("goal", *(_NAMES.get(arm, arm) for arm in arms))), _rule(1 + len(arms))]
+    lines = [_row(("goal", *(f"`{arm}`" for arm in arms))), _rule(1 + len(arms))]
     return lines + [_row((text, *(_SAID[goals[arm][key]] for arm in arms))) for key, text in _GOALS.items()]
 
 
@@ -165,7 +164,7 @@ def _decades(final: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
     lines = ["Test loss over tuned cosine, geometric mean over parts, by the decade that the initial rate was drawn "
              "from.", "", _row(("arm", *decades)), _rule(1 + len(decades))]  # fmt: skip
     for arm, row in rows.items():
-        lines.append(_row((_NAMES.get(arm, arm), *(f"{row[d]:.3f}" if d in row else "-" for d in decades))))
+        lines.append(_row((f"`{arm}`", *(f"{row[d]:.3f}" if d in row else "-" for d in decades))))
     return lines
 
 
@@ -223,7 +222,14 @@ def _notes() -> list[str]:
         "seeds. The best-tuned arm of a part is the one of cosine, WSD, plateau, Schedule-Free and constant with the "
         "least validation loss on the choosing seeds that all of them have.",
         "- All other arms: one run for each report seed, from a rate drawn log-uniformly from 1e-5..1e-1, the same for "
-        "all. `default-cosine` and Prodigy have a rate of their own, and do not use it.",
+        "all.",
+        "- `default`: `RLScheduler` without a further argument but the model, told the validation loss by `report`. "
+        "`default-loss`: only ever `step(loss)`. `brain:NAME`: as `default`, with that brain. `uwhg`: as `default`, "
+        "with the rule that learns nothing. `placebo:default` decides, and only its cosine from the drawn rate is "
+        "written; `yoked:default` replays what `default` decided under another seed, from that run's rate. "
+        "`q_learning`: from an empty table, over a cosine.",
+        "- `default-cosine` (1e-3; for SGD 0.1), `prodigy` and `prodigy-cosine` (1; in place of SGD too) have a rate "
+        "of their own, and do not use the drawn one.",
         "- **Search-equivalent runs**: so many cosine runs at rates drawn like that, best on validation kept, are "
         "expected to end at the test loss of one run of the arm. Exact expectation over the runs of the grid, "
         "interpolated in log n, at most 256; over parts, where the geometric means are equal. Interval: bootstrap over "

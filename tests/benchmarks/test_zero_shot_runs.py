@@ -397,8 +397,9 @@ def test_a_page_says_what_is_missing_and_that_it_is_a_trial(tmp_path):
     page = render(summarize([keep(tmp_path, runs, brains=("a", "b"))]))
     assert "A TRIAL" in page
     assert "Not run: digits-mlp-660," in page
-    assert "| prodigy |" not in page
-    assert "| brain:a |" in page
+    assert "| `prodigy` |" not in page
+    assert "| `prodigy-cosine` |" in page
+    assert "| `brain:a` |" in page
     assert "The 2 brains together" in page
     assert "| geometric mean over tuned cosine at most 1.02 |" in page
     del runs[next(key for key in runs if key.startswith("wsd") and "report" in key)]
