@@ -86,8 +86,8 @@ class Part:
     def describe(self) -> dict[str, Any]:
         """What decides about a run of this part, as JSON: runs under another description are not comparable."""
         task = self.task()
-        names = ("optimizer", "momentum", "betas", "weight_decay", "batch_size", "total_steps", "eval_every")
-        names += ("grad_clip", "warmup_steps", "min_lr_factor", "eval_batches", "test_batches")
+        names = ["optimizer", "momentum", "betas", "weight_decay", "batch_size", "total_steps", "eval_every"]
+        names += ["grad_clip", "warmup_steps", "min_lr_factor", "eval_batches", "test_batches"]
         values = {name: getattr(task, name) for name in names}
         return {"task": self.task_name, "scale": "small", **values, "betas": list(task.betas)}
 

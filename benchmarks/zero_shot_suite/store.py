@@ -55,7 +55,7 @@ class Kept:
     @property
     def seconds(self) -> float:
         """CPU seconds of all runs that are kept."""
-        return sum(run["seconds"] for run in self.runs.values())
+        return sum((float(run["seconds"]) for run in self.runs.values()), 0.0)
 
     def save(self) -> None:
         """Write the file.

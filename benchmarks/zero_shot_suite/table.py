@@ -62,7 +62,7 @@ def _head(summary: Mapping[str, Any]) -> list[str]:
         lines += ["**A TRIAL: fewer rates or seeds than the benchmark asks for (16 rates, 8 + 8 seeds); its numbers "
                   "say that it works, and nothing else.**", ""]  # fmt: skip
     options = head["options"]
-    shown = {}
+    shown: dict[str, list[str]] = {}
     for part, given in options.items():
         text = (
             f"{given['rates']} rates, {given['seeds']} seeds to choose and {given['seeds']} others to report (tuned "

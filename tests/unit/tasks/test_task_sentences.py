@@ -133,5 +133,8 @@ def test_real_sst2_at_small_scale():
     assert [len(part.targets) for part in (data.train, data.val, data.test)] == [6000, 600, 872]
     assert data.test.targets.bincount().tolist() == [428, 444]
     assert data.info["vocab_size"] == 2002
+    full = sst2_mlp("full").load(Path(REAL))
+    assert [len(part.targets) for part in (full.train, full.val, full.test)] == [60_615, 6_734, 872]
+    assert full.info["vocab_size"] == 10_002
     words = data.test.inputs.ne(PADDING)
     assert (data.test.inputs[words] == UNKNOWN).float().mean().item() == pytest.approx(0.21, abs=0.03)
