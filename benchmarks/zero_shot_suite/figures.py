@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 __all__ = [
     "CAP",
+    "MIN_GROUPS",
     "bootstrap_groups",
     "crossing",
     "expected_best_of",
@@ -34,6 +35,7 @@ __all__ = [
 
 Floats = npt.NDArray[np.float64]
 
+MIN_GROUPS = 5  # as with seeds elsewhere: resampling three or four things says next to nothing about others
 CAP = 256  # runs of a random search: beyond it nobody searches, and a pool of 128 runs has nothing to say
 # Whole numbers up to 32, then about one in ten: what lies between is interpolated in log n.
 NS = np.unique(np.concatenate((np.arange(1, 33), np.geomspace(32, CAP, 25).round()))).astype(np.float64)
@@ -136,10 +138,10 @@ def bootstrap_groups(
         seed: Fixed, so that a table made twice says the same.
 
     Returns:
-        None with a single group: nothing is known of others.
+        None with fewer than `MIN_GROUPS` groups.
     """
     names = sorted(set(groups))
-    if len(names) < 2:
+    if len(names) < MIN_GROUPS:
         return None
     members = [[index for index, group in enumerate(groups) if group == name] for name in names]
     generator = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from zero_shot_suite.arms import TUNED
-from zero_shot_suite.figures import CAP
+from zero_shot_suite.figures import CAP, MIN_GROUPS
 from zero_shot_suite.parts import PARTS
 from zero_shot_suite.plan import DIVERGED
 from zero_shot_suite.summary import GOALS
@@ -236,7 +236,9 @@ def _notes() -> list[str]:
         "tasks and seeds.",
         "- **Time to target**: share of the budget at which a run first reached the validation loss that tuned cosine "
         "ended with from the same weights and data order; median over runs.",
-        "- Other intervals: 95 %, bootstrap over tasks, the parts of one task together; none with a single task.",
+        "- Other intervals: 95 %, bootstrap over tasks, the parts of one task together; none with fewer than "
+        f"{MIN_GROUPS} tasks.",
+        "- A random search may end below tuned cosine: it keeps the best of its seeds too.",
         f"- A loss that is not finite, or above {DIVERGED:g} times the validation loss at the run's start, counts as "
         "that, for every arm.",
         "- Validation is measured at the task's `eval_every` and before the first step; best-validation weights are "

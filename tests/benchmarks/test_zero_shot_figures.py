@@ -72,9 +72,12 @@ def test_bootstrap_draws_whole_groups():
         seen.append(tuple(drawn))
         return float(len(drawn))
 
-    low, high = figures.bootstrap_groups(["a", "b", "a", "a"], figure, n=200)
-    assert set(seen) == {(0, 2, 3) * 2, (0, 2, 3, 1), (1, 0, 2, 3), (1, 1)}
-    assert (low, high) == (2.0, 6.0)
+    interval = figures.bootstrap_groups(["a", "b", "a", "c", "d", "e"], figure, n=500)
+    for drawn in seen:
+        assert drawn.count(0) == drawn.count(2)  # the two of group a together, or not at all
+        assert len(drawn) == 5 + drawn.count(0)  # five groups
+    assert max(map(len, seen)) > 6 > min(map(len, seen)) == 5
+    assert interval == (5.0, 8.0)
 
 
 def test_bootstrap_of_a_mean_is_as_wide_as_theory_says():
@@ -84,7 +87,7 @@ def test_bootstrap_of_a_mean_is_as_wide_as_theory_says():
     half = 1.96 * values.std() / np.sqrt(400)
     assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
-    assert figures.bootstrap_groups(["a", "a"], lambda drawn, _: 1.0, n=10) is None
+    assert figures.bootstrap_groups(["a", "b", "c", "d", "a"], lambda drawn, _: 1.0, n=10) is None
 
 
 def test_time_to_target():
