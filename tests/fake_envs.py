@@ -1,4 +1,4 @@
-"""A vector environment that costs nothing: each run is off its optimum by some decades, and the agent moves it there."""
+"""A vector environment that costs nothing: each run is off its optimum by decades, and the agent moves it there."""
 
 from __future__ import annotations
 

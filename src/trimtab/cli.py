@@ -131,8 +131,8 @@ def run_command(  # noqa: PLR0913 (one argument for each option of the command)
     }
 
     def action() -> int:
-        from trimtab.experiments.progress import make_display
         from trimtab.experiments.run import run
+        from trimtab.progress import make_display
 
         if tensorboard:
             raise InputError("--tensorboard is not available in this version; leave it out")
@@ -239,7 +239,7 @@ def _rows(what: str) -> dict[str, str] | str:
         return "no brains are shipped yet; RLScheduler's brain='default' is the rule uwhg"
     if what == "studies":
         from trimtab.experiments.design import study_names
-        from trimtab.experiments.schema import read_yaml
+        from trimtab.yaml_files import read_yaml
 
         return {name: str(read_yaml(path).get("idea")) for name, path in study_names().items()}
     if what == "arms":
