@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-import trimtab
 from trimtab.errors import InputError
+from trimtab.version import __version__
 
 __all__ = ["default_workers", "describe", "differences", "resolve_device"]
 
@@ -28,7 +28,7 @@ def describe(settings: Mapping[str, Any], packages: Sequence[str] = _PACKAGES) -
     """
     return {
         "python": platform.python_version(),
-        "trimtab": trimtab.__version__,
+        "trimtab": __version__,
         **{name: metadata.version(name) for name in packages},
         "device": resolve_device(str(settings["device"])),
         "threads": settings["threads"],
