@@ -12,10 +12,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from trimtab.errors import OutputError
+from trimtab.errors import InputError, OutputError, RunFailedError
 
-__all__ = ["WorkFolder"]
+__all__ = ["WorkFolder", "nothing_is_bad_input", "where_they_differ"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,39 @@ class WorkFolder:
         finally:
             if handle is not None:
                 os.close(handle)  # and the lock with it
+
+
+def where_they_differ(path: str, old: Any, new: Any) -> str:
+    """Say where the plan in a folder and what is asked for now differ first.
+
+    Args:
+        path: Name of the part that differs.
+        old: What is there.
+        new: What is asked for.
+
+    >>> where_they_differ("settings", {"lr": 0.1, "every": 2}, {"lr": 0.1, "every": 3})
+    'settings.every is 2 there, 3 is asked for now'
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if old.get(key) != new.get(key):
+                return where_they_differ(f"{path}.{key}", old.get(key), new.get(key))
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (ours, theirs) in enumerate(zip(old, new, strict=True)):
+            if ours != theirs:
+                name = ours.get("id", index) if isinstance(ours, dict) else index
+                return where_they_differ(f"{path}.{name}", ours, theirs)
+    return f"{path} is {old!r} there, {new!r} is asked for now"
+
+
+@contextlib.contextmanager
+def nothing_is_bad_input() -> Iterator[None]:
+    """From here on work has been done: an error is a failure, not a question of what was given.
+
+    Raises:
+        RunFailedError: Instead of an InputError.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise RunFailedError(str(error)) from error

@@ -206,16 +206,21 @@ def check(
         if first["type"] == "extra_forbidden":
             owner = path.rpartition(".")[0]
             kind = f"key in {owner} of {where}" if owner else f"key in {where}"
-            known = _model_at(model, first["loc"][:-1]).model_fields
+            known = _keys(_model_at(model, first["loc"][:-1]))
             raise unknown_name(kind, first["loc"][-1], known) from error
         raise InputError(f"{where}: {path}: {_explain(first, needs)}") from error
+
+
+def _keys(model: type[BaseModel]) -> dict[str, Any]:
+    """Key in a file -> annotation."""
+    return {item.alias or name: item.annotation for name, item in model.model_fields.items()}
 
 
 def _model_at(model: type[BaseModel], place: Sequence[str | int]) -> type[BaseModel]:
     """The model of a part of a file; numbers in the place are those of a list's entries."""
     for part in place:
         if isinstance(part, str):
-            model = _model_in(model.model_fields[part].annotation) or model
+            model = _model_in(_keys(model).get(part)) or model
     return model
 
 

@@ -8,20 +8,19 @@ needs nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab import machine, registry
-from trimtab.errors import InputError, MissingDataError, MissingExtraError, OutputError, RunFailedError
+from trimtab.errors import InputError, MissingDataError, MissingExtraError, OutputError
 from trimtab.executors import make_executor
 from trimtab.experiments.conductor import Conductor, result_of
 from trimtab.experiments.design import Study, load_study
 from trimtab.experiments.plan import Job, first_difference, plan_jobs, study_json, tuned_jobs, tuning_jobs
-from trimtab.folders import WorkFolder
+from trimtab.folders import WorkFolder, nothing_is_bad_input
 from trimtab.progress import Display, Silent
 from trimtab.storage import read_json, write_json
 
@@ -131,7 +130,7 @@ def run_study(
     with folder.hold(resume), display:
         if there is None:
             write_json(out / "study.json", study_json(study, runs_on))
-        with _nothing_is_bad_input():
+        with nothing_is_bad_input():
             for text in _remarks(study, there, runs_on):
                 display.say(text)
             return _conduct(study, out, data_dir, workers if unfinished else 0, display)
@@ -233,12 +232,3 @@ def _remarks(study: Study, there: Any, runs_on: Mapping[str, Any]) -> list[str]:
     before = there.get("environment") or {} if there is not None else {}
     changed = [f"note: {text}; runs may differ" for text in machine.differences(before, runs_on)]
     return [*left_out, *changed]
-
-
-@contextlib.contextmanager
-def _nothing_is_bad_input() -> Iterator[None]:
-    """From here on work has been done: an error is a failure, not a question of what was given."""
-    try:
-        yield
-    except InputError as error:
-        raise RunFailedError(str(error)) from error
