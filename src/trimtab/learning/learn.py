@@ -15,7 +15,7 @@ folder is the only memory, so that going on after a kill needs nothing else:
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,27 +161,35 @@ class _Maker:
 
         recipe = self._recipe
         rivals = {
-            f"rival {name}, {tasks} tasks": {"kind": "rival", "name": name, "tasks": tasks}
+            f"{name}-{tasks}": {"kind": "rival", "name": name, "tasks": tasks}
             for tasks in (WATCHING, CHOOSING)
             for name in RIVALS
         }
         learners = {f"seed-{index}": {"kind": "teach", "index": index} for index in range(recipe.seeds)}
-        singles = {
-            f"{name}-{which}": {"kind": "judge", "name": f"{name}-{which}", "brains": [f"{name}/{which}"]}
-            for name in learners
-            for which in ("last", "best")
-        }
         n_joined = int(recipe.seeds > 1 and recipe.choose != "best")
-        total = len(rivals) + len(learners) + len(singles) + n_joined
+        total = len(rivals) + 3 * len(learners) + n_joined  # of each learner two agents are judged
         self._display.begin(total, 0, "pieces of work")
         with make_executor("local", WORK, workers=self._workers, threads=1) as executor:
             # The rivals first: each learner would otherwise wait for them, or play them itself.
             self._do(executor, rivals)
             self._do(executor, learners)
-            self._do(executor, singles)
+            self._do(executor, self._singles(learners))
             if n_joined:
                 brains = [self._better(name) for name in learners]
                 self._do(executor, {"ensemble": {"kind": "judge", "name": "ensemble", "brains": brains}})
+
+    def _singles(self, learners: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The agents to be judged: of each learner the last, and the best on the tasks that it was watched on."""
+        jobs = {}
+        for name in learners:
+            result = self._results[name]
+            is_one = result["last"]["iteration"] == result["best"]["iteration"]
+            for which in ("last",) if is_one else ("last", "best"):
+                key = f"{name}-{which}"
+                jobs[key] = {"kind": "judge", "name": key, "brains": [f"{name}/{which}"]}
+            if is_one:
+                self._display.over(name)
+        return jobs
 
     def _do(self, executor: Executor, jobs: Mapping[str, Mapping[str, Any]]) -> None:
         for key, job in jobs.items():
@@ -209,8 +217,9 @@ class _Maker:
 
     def _better(self, learner: str) -> str:
         """Which of a learner's two agents is better on the tasks of the choice; the last one, where both are equal."""
-        last, best = (self._results[f"{learner}-{which}"]["criterion"] for which in ("last", "best"))
-        return f"{learner}/{'last' if last <= best else 'best'}"
+        judged = {which: self._results.get(f"{learner}-{which}") for which in ("last", "best")}
+        criteria = {which: row["criterion"] for which, row in judged.items() if row is not None}
+        return f"{learner}/{min(criteria, key=lambda which: criteria[which])}"
 
 
 def _conclude(recipe: Recipe, out: Path, plan: Mapping[str, Any], display: Display) -> Learned:

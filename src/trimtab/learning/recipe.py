@@ -69,7 +69,7 @@ class ValidatePart(Strict):
     """Validation: fresh tasks, the same at every validation, that no learner meets.
 
     Attributes:
-        every: Iterations between two validations; the last iteration is always followed by one.
+        every: Iterations between two validations; there is always one before the first iteration and after the last.
         families: Families by which the choice is made; None for those that are trained on.
         held_out: Families that are never trained on, shown beside and not chosen by.
         num_envs: Runs in each family and episode.

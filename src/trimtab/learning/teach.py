@@ -191,18 +191,24 @@ class _Lesson:
         learner, recipe = self._learner, self._recipe
         envs = make_envs(recipe, learner.spec)
         saved_s = time.monotonic()
+        if learner.iteration == 0:
+            self._note([self._look()])  # what an agent does that has learned nothing yet
         while learner.iteration < recipe.iterations:
             rows = [self._iterate(envs)]
             if learner.iteration % recipe.validate_on.every == 0 or learner.iteration == recipe.iterations:
                 rows.append(self._look())
-            for key in ("cpu_s", "wall_s"):
-                self._cost[key] += sum(row[key] for row in rows)
-            append_lines(self._curve, rows)
+            self._note(rows)
             criterion = None if self._last is None else self._last["criterion"]
             progress({"iteration": learner.iteration, "iterations": recipe.iterations, "criterion": criterion})
             if time.monotonic() - saved_s >= CHECKPOINT_EVERY_S:
                 self._checkpoint()
                 saved_s = time.monotonic()
+
+    def _note(self, rows: list[dict[str, Any]]) -> None:
+        """Append lines to the curve."""
+        for key in ("cpu_s", "wall_s"):
+            self._cost[key] += sum(row[key] for row in rows)
+        append_lines(self._curve, rows)
 
     def _iterate(self, envs: Any) -> dict[str, Any]:
         """One iteration, as a line of the curve."""
@@ -220,7 +226,8 @@ class _Lesson:
         agent = self._learner.agent()
         found = _validate(self._recipe, agent, self._root_seed, WATCHING, self._folder)
         self._last = {"iteration": self._learner.iteration, **found}
-        if self._best is None or found["criterion"] < self._best["criterion"]:
+        has_learned = self._learner.iteration > 0
+        if has_learned and (self._best is None or found["criterion"] < self._best["criterion"]):
             self._best = {**self._last, "agent": agent.state_dict()}
         return {"validation": True, **self._last, **_since(begun)}
 
