@@ -207,10 +207,12 @@ class _Maker:
             news = News("iteration", event.data.get("iteration"), event.data.get("iterations"), words)
             self._display.news(event.key, news)
         else:
+            trace = self._out / f"error-{event.key}.txt"
+            trace.unlink(missing_ok=True)  # of an earlier try
             if event.kind == "failed":
                 self._failed[event.key] = event.data["error"]
                 if event.data["traceback"]:
-                    atomic_write(self._out / f"error-{event.key}.txt", event.data["traceback"])
+                    atomic_write(trace, event.data["traceback"])
             else:
                 self._results[event.key] = event.data
             self._display.over(event.key)
