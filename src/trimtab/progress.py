@@ -28,17 +28,20 @@ class News:
         done: How many are done; None where nothing was said.
         total: Of how many, where it is known.
         words: What else is to be said of it.
+        left_s: Seconds that it will still take, about, where it can tell; bars tell by themselves.
     """
 
     unit: str
     done: int | None = None
     total: int | None = None
     words: str = ""
+    left_s: float | None = None
 
     def __str__(self) -> str:
         of = f"/{self.total}" if self.total else ""
         count = [] if self.done is None else [f"{self.unit} {self.done}{of}"]
-        return ", ".join([*count, *([self.words] if self.words else [])])
+        left = [] if self.left_s is None else [f"about {self.left_s:.0f} s to go"]
+        return ", ".join([*count, *([self.words] if self.words else []), *left])
 
 
 class Display(ABC):
@@ -52,8 +55,15 @@ class Display(ABC):
         return
 
     @abstractmethod
-    def begin(self, total: int, done: int, what: str = "runs") -> None:
-        """Say how many pieces of work there are, how many of them were done before, and what they are called."""
+    def begin(self, total: int, done: int, what: str = "runs", *, alike: bool = True) -> None:
+        """Say what there is to do.
+
+        Args:
+            total: Pieces of work.
+            done: How many of them were done before.
+            what: What they are called.
+            alike: Whether they take about equally long, so that those done tell how long the others will take.
+        """
 
     @abstractmethod
     def started(self, key: str, name: str) -> None:
@@ -75,7 +85,7 @@ class Display(ABC):
 class Silent(Display):
     """Shows nothing: the default for calls from Python."""
 
-    def begin(self, total: int, done: int, what: str = "runs") -> None:
+    def begin(self, total: int, done: int, what: str = "runs", *, alike: bool = True) -> None:
         """See Display."""
 
     def started(self, key: str, name: str) -> None:
@@ -104,13 +114,14 @@ class Plain(Display):
         self._every_s = every_s
         self._names: dict[str, str] = {}
         self._running: dict[str, str] = {}
-        self._what = "runs"
+        self._what, self._alike = "runs", True
         self._total = self._done = self._done_before = 0
         self._begun_s = self._last_s = time.monotonic()
 
-    def begin(self, total: int, done: int, what: str = "runs") -> None:
+    def begin(self, total: int, done: int, what: str = "runs", *, alike: bool = True) -> None:
         """See Display."""
-        self._what, self._total, self._done, self._done_before = what, total, done, done
+        self._what, self._alike = what, alike
+        self._total, self._done, self._done_before = total, done, done
         self._begun_s = self._last_s = time.monotonic()
         before = f", {done} of them done before" if done else ""
         self.say(f"{total} {what}{before}")
@@ -143,7 +154,7 @@ class Plain(Display):
         self._last_s = now
         left = self._total - self._done
         done_now = self._done - self._done_before
-        time_left = f", about {(now - self._begun_s) / done_now * left:.0f} s to go" if done_now else ""
+        time_left = f", about {(now - self._begun_s) / done_now * left:.0f} s to go" if done_now and self._alike else ""
         running = "; ".join(self._running.values()) or "none"
         self.say(f"{self._done} of {self._total} {self._what} done, {left} left{time_left}; running: {running}")
 
@@ -162,6 +173,7 @@ class Live(Display):
             transient=True,
         )
         self._all: TaskID | None = None
+        self._alike = True
         self._rows: dict[str, TaskID] = {}
 
     def __enter__(self) -> Display:
@@ -173,12 +185,13 @@ class Live(Display):
         """Take the bars away."""
         self._progress.stop()
 
-    def begin(self, total: int, done: int, what: str = "runs") -> None:
+    def begin(self, total: int, done: int, what: str = "runs", *, alike: bool = True) -> None:
         """See Display."""
         self._all = self._progress.add_task(f"all {what}", total=total, words="")
         # Not `completed=`: runs done before must not count for the time left.
         self._progress.update(self._all, completed=done)
-        self._progress.tasks[0]._progress.clear()
+        self._alike = alike
+        self._forget_speed()
 
     def started(self, key: str, name: str) -> None:
         """See Display."""
@@ -197,6 +210,11 @@ class Live(Display):
             self._progress.remove_task(row)
         if self._all is not None:
             self._progress.advance(self._all)
+            if not self._alike:
+                self._forget_speed()
+
+    def _forget_speed(self) -> None:
+        self._progress.tasks[0]._progress.clear()
 
     def say(self, text: str) -> None:
         """See Display."""

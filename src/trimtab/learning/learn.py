@@ -168,7 +168,7 @@ class _Maker:
         learners = {f"seed-{index}": {"kind": "teach", "index": index} for index in range(recipe.seeds)}
         n_joined = int(recipe.seeds > 1 and recipe.choose != "best")
         total = len(rivals) + 3 * len(learners) + n_joined  # of each learner two agents are judged
-        self._display.begin(total, 0, "pieces of work")
+        self._display.begin(total, 0, "pieces of work", alike=False)
         with make_executor("local", WORK, workers=self._workers, threads=1) as executor:
             # The rivals first: each learner would otherwise wait for them, or play them itself.
             self._do(executor, rivals)
@@ -204,7 +204,8 @@ class _Maker:
         elif event.kind == "progress":
             criterion = event.data.get("criterion")
             words = "" if criterion is None else f"validation {criterion:.3f} of uwhg"
-            news = News("iteration", event.data.get("iteration"), event.data.get("iterations"), words)
+            at, total = event.data.get("iteration"), event.data.get("iterations")
+            news = News("iteration", at, total, words, event.data.get("left_s"))
             self._display.news(event.key, news)
         else:
             trace = self._out / f"error-{event.key}.txt"

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from trimtab.errors import InputError, unknown_name
-from trimtab.yaml_files import Count, Options, Positive, Strict, Text, check, number, read_yaml
+from trimtab.yaml_files import Count, Natural, Options, Positive, Strict, Text, check, number, read_yaml
 
 __all__ = ["Recipe", "SpecPart", "TasksPart", "ValidatePart", "load_recipe", "recipe_names"]
 
@@ -46,7 +46,7 @@ class SpecPart(Strict):
     """
 
     n_decisions: Count = 20
-    early_decisions: Count | None = None
+    early_decisions: Natural | None = None
     base: Text = "cosine"
     signals: tuple[Text, ...] | None = None
     reward: Text = "score_rank"

@@ -139,7 +139,7 @@ def teach(recipe: Recipe, root_seed: int, index: int, folder: Path, progress: Pr
         root_seed: Root seed.
         index: Number of the learner, from 0.
         folder: Folder of `learn`.
-        progress: Is told iteration, iterations, and the criterion of the last validation.
+        progress: Is told iteration, iterations, the criterion of the last validation, and left_s, seconds to go.
     """
     seat = folder / f"seed-{index}"
     if not (seat / "result.json").is_file():
@@ -198,11 +198,16 @@ class _Lesson:
             if learner.iteration % recipe.validate_on.every == 0 or learner.iteration == recipe.iterations:
                 rows.append(self._look())
             self._note(rows)
-            criterion = None if self._last is None else self._last["criterion"]
-            progress({"iteration": learner.iteration, "iterations": recipe.iterations, "criterion": criterion})
+            progress(self._news())
             if time.monotonic() - saved_s >= CHECKPOINT_EVERY_S:
                 self._checkpoint()
                 saved_s = time.monotonic()
+
+    def _news(self) -> dict[str, Any]:
+        done, total = self._learner.iteration, self._recipe.iterations
+        criterion = None if self._last is None else self._last["criterion"]
+        left_s = (total - done) * self._cost["wall_s"] / done
+        return {"iteration": done, "iterations": total, "criterion": criterion, "left_s": left_s}
 
     def _note(self, rows: list[dict[str, Any]]) -> None:
         """Append lines to the curve."""

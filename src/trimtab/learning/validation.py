@@ -29,7 +29,7 @@ from trimtab.seeding import derive_seed
 from trimtab.spec import ControlSpec, make_agent
 from trimtab.storage import read_json, write_json
 
-__all__ = ["RIVALS", "Episodes", "compare", "overall", "play", "play_rival", "rivals_of", "validate"]
+__all__ = ["RIVALS", "Episodes", "compare", "overall", "plan_episodes", "play", "play_rival", "rivals_of", "validate"]
 
 RIVALS = ("uwhg", "cosine")
 LOWEST, HIGHEST = 1e-3, 1e2  # see the head of this file

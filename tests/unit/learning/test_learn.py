@@ -293,5 +293,5 @@ def test_what_a_person_sees_of_a_learner(tmp_path):
             said.append(f"{key}: {news}")
 
     maker = learning._Maker(None, tmp_path, 0, Listens())
-    maker._on_event(Event("progress", "seed-0", {"iteration": 2, "iterations": 9, "criterion": 1.25}))
-    assert said == ["seed-0: iteration 2/9, validation 1.250 of uwhg"]
+    maker._on_event(Event("progress", "seed-0", {"iteration": 2, "iterations": 9, "criterion": 1.25, "left_s": 3.2}))
+    assert said == ["seed-0: iteration 2/9, validation 1.250 of uwhg, about 3 s to go"]
