@@ -1,4 +1,4 @@
-"""A vector environment that costs nothing: each run is off its optimum by decades, and the agent moves it there."""
+"""A vector environment that costs nothing: runs are off their optimum by some decades, agents move them there."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trimtab.spec import ControlSpec
 class FakeTraining(gymnasium.vector.VectorEnv):
     """R runs in lockstep; the reward comes with the last decision: the rank among the runs of the same group.
 
-    A run's offset x (decades from its best rate) starts uniformly in [-3, 3]; an action adds to it. Seen are x with
-    some noise in column `seen_at`, the share of the decisions taken in column 0, and noise in the others. The score is
-    minus |x| at the end (`ends="score"`: it is the reward itself, not its rank).
+    A run's offset x (decades from its best rate) starts uniformly in [-spread, spread]; an action adds to it. Seen are
+    x with some noise in column `seen_at`, the share of the decisions taken in column 0, and noise in the others. The
+    score is minus |x| at the end (`rewards="score"`: it is the reward itself, not its rank).
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class FakeTraining(gymnasium.vector.VectorEnv):
         group_size: int = 16,
         seen_at: int = 1,
         noise: float = 0.1,
+        spread: float = 3.0,
         ends: str = "terminated",
         mode: AutoresetMode = AutoresetMode.SAME_STEP,
         rewards: str = "rank",
@@ -40,14 +41,14 @@ class FakeTraining(gymnasium.vector.VectorEnv):
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, n_runs)
         self._spec, self._shape = spec, (n_runs, len(spec.signals))
         self._length, self._group, self._seen_at, self._noise = n_decisions, group_size, seen_at, noise
-        self._ends, self._rewards = ends, rewards
+        self._ends, self._rewards, self._spread = ends, rewards, spread
         self.rng = np.random.default_rng(0)
         self.seeds: list[int | None] = []
         self.actions: list[np.ndarray] = []
 
     def _begin(self) -> None:
         self.taken = 0
-        self.offset = self.rng.uniform(-3, 3, self.num_envs)
+        self.offset = self.rng.uniform(-self._spread, self._spread, self.num_envs)
 
     def _observe(self) -> np.ndarray:
         seen = self.rng.normal(0, 0.5, self._shape)
@@ -82,3 +83,17 @@ class FakeTraining(gymnasium.vector.VectorEnv):
             seen = self._observe()
         never = np.zeros(self.num_envs, np.bool_)
         return (seen, reward, done, never, infos) if self._ends == "terminated" else (seen, reward, never, done, infos)
+
+
+def off_by(agent: Any, envs: FakeTraining, seeds: range = range(100, 104)) -> float:
+    """Mean |x| in the end when the agent acts, deterministically, in new episodes."""
+    found = []
+    for seed in seeds:
+        seen, _ = envs.reset(seed=seed)
+        state, starts, is_over = None, np.ones(envs.num_envs, np.bool_), False
+        while not is_over:
+            action, state = agent.predict(seen, state, starts, deterministic=True)
+            seen, _, terminated, truncated, _ = envs.step(action)
+            starts, is_over = np.zeros(envs.num_envs, np.bool_), bool(terminated.all() or truncated.all())
+        found.append(-envs.last_scores.mean())
+    return float(np.mean(found))

@@ -59,6 +59,8 @@ def test_light_imports_stay_light(code: str) -> None:
     [
         ("trimtab.controller", ("matplotlib", "scipy", "sklearn", "ray", "optuna", "transformers", "lightning")),
         ("trimtab.adapters.pytorch", ("matplotlib", "scipy", "sklearn", "ray", "stable_baselines3")),
+        ("trimtab.agents.policy", ("gymnasium", "stable_baselines3", "scipy", "sklearn", "matplotlib")),
+        ("trimtab.learning.learners", ("stable_baselines3", "matplotlib", "scipy", "sklearn")),
         ("trimtab.training.loop", ("gymnasium", "stable_baselines3", "trimtab.agents", "trimtab.controller")),
         ("trimtab.tasks.vision", ("gymnasium", "stable_baselines3", "trimtab.agents", "trimtab.controller")),
     ],
@@ -120,6 +122,17 @@ def test_environment_variables_are_read_in_the_command_line_and_the_tasks_alone(
         if "os.environ" in text or "os.getenv" in text:
             readers.add(path.relative_to(SOURCE).parts[0])
     assert readers <= {"cli.py", "tasks", "executors.py"}, readers
+
+
+def test_stable_baselines3_is_imported_in_two_files_alone() -> None:
+    found = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "stable_baselines3" for name in names):
+                found.add(path.relative_to(SOURCE).as_posix())
+    assert found == {"agents/sb3.py", "envs/sb3.py"}
 
 
 def test_no_file_of_the_package_names_a_path_outside_it() -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from trimtab import registry
+from trimtab import brains, registry
 from trimtab.agents.base import Agent
 from trimtab.errors import BrainError, InputError, unknown_name
 from trimtab.spec import ControlSpec, make_agent
@@ -45,7 +45,6 @@ _KEYS = {
 }
 _MAX_JSON_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 16
-_SHIPPED: dict[str, dict[str, Any]] = {"default": {}, "default-open": {"base": "constant"}}
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "int64": torch.int64}
 
 
@@ -70,16 +69,17 @@ class Brain:
     def load(cls, source: str | Path) -> Brain:
         """Load a brain by the name of one we ship or from its folder.
 
-        We ship "default", and "default-open" for runs whose horizon is unknown. Until there is a learned one, both
-        are the rule `uwhg`, over a cosine and over a constant base.
+        We ship what `trimtab list brains` lists. "default", and "default-open" for runs whose horizon is unknown, are
+        the rule `uwhg`, over a cosine and over a constant base, until a learned brain is shown to be better.
 
         Raises:
             BrainError: The folder holds no brain, or a broken, foreign or future one; nothing is executed.
         """
-        if source in _SHIPPED:
-            agent = make_agent("uwhg", _SHIPPED[str(source)])
+        shipped = brains.folder_of(source) if isinstance(source, str) else None
+        if shipped is None and source in brains.RULES:
+            agent = make_agent("uwhg", brains.RULES[str(source)])
             return cls(agent, ControlSpec.for_agent(agent), {"made_by": "no learning: the rule uwhg stands in"})
-        folder = Path(source)
+        folder = shipped or Path(source)
         data = _read_description(folder)
         try:
             spec = ControlSpec.from_json(data["spec"])

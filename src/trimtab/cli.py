@@ -268,7 +268,9 @@ def _rows(what: str) -> dict[str, str] | str:
     if what == "experience":
         return "no experience is stored: this version keeps none"
     if what == "brains":
-        return "no brains are shipped yet; RLScheduler's brain='default' is the rule uwhg"
+        from trimtab import brains
+
+        return brains.descriptions()
     if what == "studies":
         from trimtab.experiments.design import study_names
         from trimtab.yaml_files import read_yaml

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trimtab import registry
 from trimtab.agents.base import Agent, Array, Timing
 from trimtab.brain import Brain
 from trimtab.errors import InputError, unknown_name, warn
@@ -109,6 +110,7 @@ class Controller:
         self._meter = Meter(optimizer)
         self._meter.needs_spread = "loss_noise" in self.spec.signals
         self._probe = self._meter.probe
+        self._probe.needs_layers = any(name.startswith("update_to_weight_") for name in self.spec.signals)
         self._best: dict[str, Tensor] | None = None
         self._t = 0
         self._index = 0
@@ -277,8 +279,10 @@ class Controller:
             self._act(observation, verdict, is_over=is_over)
             if is_over:
                 self.status = "over"
-            elif self._guard is not None:
+            elif verdict.kind == "roll_back":
                 self._snapshot.take()
+            elif self._guard is not None:
+                self._snapshot.keep()
         self._index += 1
         self._set_next()
         return self.decisions[first:]
@@ -313,9 +317,8 @@ class Controller:
         """Ask the agent, or after a roll-back cut the rate; write, and read back."""
         action = None
         if self.agent.decides and not is_over:
-            action, self._agent_state = self.agent.predict(
-                observation, self._agent_state, deterministic=self.mode == "use"
-            )
+            is_best = self.mode == "use" or self.agent.is_taught
+            action, self._agent_state = self.agent.predict(observation, self._agent_state, deterministic=is_best)
         if verdict.kind == "roll_back":
             note = self._hand.cut_rate(self.safety.cut, verdict.reason, self._index, self._t)
             _log.warning("step %d: %s", self._t, note)
@@ -323,7 +326,8 @@ class Controller:
             self._hand.follow_base(self._t)
         else:
             self._pending = (observation, action)
-            self._hand.act(action, self._index, self._t, is_placebo=self.mode == "placebo")
+            remark = self.agent.note
+            self._hand.act(action, self._index, self._t, is_placebo=self.mode == "placebo", remark=remark)
 
     def _give_up(self, reason: str) -> None:
         """Put the best weights back, and keep them: a rate of 0 moves nothing whatever the loop goes on doing."""
@@ -523,6 +527,10 @@ def _resolve(
         given.check_spec(wanted)
         return given.agent, wanted
     names = ("lr",) if knobs is None else tuple(knobs)
+    if isinstance(given, str) and given in registry.entries("agent") and registry.entries("agent")[given].needs_brain:
+        raise InputError(
+            f"agent {given!r} knows nothing by itself; give a brain that holds one, trimtab.Brain.load(...)"
+        )
     agent = make_agent(given, n_knobs=len(names)) if isinstance(given, str) else given
     if not callable(getattr(agent, "predict", None)):
         raise InputError(f"agent_or_brain is a {type(given).__name__}; expected an Agent, a Brain or an agent's name")

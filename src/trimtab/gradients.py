@@ -8,6 +8,7 @@ puts the cost of measuring every step at 6 to 9 % of a small network's.
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trimtab.flat import FlatView, Floats, gather
+from trimtab.flat import FlatRow, FlatView, Floats, gather
 
 __all__ = ["GradientProbe", "measure_each", "measure_rows"]
 
@@ -34,6 +35,9 @@ class GradientProbe:
         optimizer: Whose steps are measured; its parameters may lie on several devices and grow in number.
 
     Attributes:
+        needs_layers: Whether |u| / |theta| is also measured of each matrix or kernel.
+        layer_ratios: Of the interval collected last, the smallest, median (the lower of two) and largest of the layers'
+            mean |u| / |theta|; NaN where nothing usable was measured, or asked for.
         is_frozen: Let no step change a weight any more: it finds no gradients. A rate of 0 would not be enough,
             for 0 times a gradient that is not finite is not finite either.
     """
@@ -43,7 +47,13 @@ class GradientProbe:
         self._before: list[Tensor] = []
         self._kept: list[Tensor] = []  # the parameters that were copied
         self._view: FlatView | None = None  # in a small network, instead of `_before`: weights seen as one row
-        self._rows: Floats = np.empty((3, 0), np.float32)  # update (before: old weights), weights, gradient
+        self._rows = (FlatRow(0),) * 3  # update (before: old weights), weights, gradient
+        self._gradient_parts: list[Tensor] = []  # the last of them, in the shapes of the parameters
+        self._matrix_places: list[slice] = []  # where matrices and kernels lie in a row
+        self.needs_layers = False
+        self.layer_ratios = (math.nan, math.nan, math.nan)
+        self._is_open = False  # whether the rows hold what was looked at and not worked out yet
+        self._scale = 1.0  # of the gradient in the rows
         self._before_count = -1
         self._measured: list[Row] = []
         self._left = 0  # steps of this interval that will still be taken, the coming one included
@@ -132,10 +142,11 @@ class GradientProbe:
 
     def _keep(self, parameters: list[Tensor]) -> None:
         """Copy the weights as they are before this step."""
+        self._work_out()
         view = self._view
         if view is None or not view.shows(parameters):
             view = self._view = FlatView(parameters) if FlatView.fits(parameters) else None
-            self._rows = np.empty((3, view.size if view is not None else 0), np.float32)
+            self._make_rows(parameters)
         if view is not None:
             view.copy_to(self._rows[0])
         elif [*map(id, parameters)] == [*map(id, self._kept)] and _are_like(self._before, parameters):
@@ -152,31 +163,51 @@ class GradientProbe:
         view = self._view
         if view is not None:
             if view.shows(parameters) and all([gradient.is_cpu for gradient in gradients]):
-                update, weights, gradient = self._rows
-                view.copy_to(weights)
-                np.concatenate([tensor.detach().numpy().reshape(-1) for tensor in gradients], out=gradient)
-                with np.errstate(all="ignore"):  # a diverging run overflows here; others deal with that
-                    update -= weights
-                    row = measure_rows(update, weights, gradient)
-                self._measured.append(self._unscale(row))
+                view.copy_to(self._rows[1])
+                # Gradients lie on other memory at every step: one call of torch is cheaper than a view of each.
+                torch._foreach_copy_(self._gradient_parts, [g.detach() if g.requires_grad else g for g in gradients])
+                scale = getattr(self._optimizer, "grad_scale", None)
+                self._scale = float(scale) if isinstance(scale, Tensor) else 1.0
+                self._is_open = True
             return
         now = [parameter.detach() for parameter in parameters]
         if _are_like(self._before, now):
             torch._foreach_sub_(self._before, now)
-            totals = measure_each(self._before, now, [gradient.detach() for gradient in gradients])
-            self._measured.append(self._unscale(totals))
+            matrices = _matrices(now) if self.needs_layers else ()
+            totals = measure_each(self._before, now, [gradient.detach() for gradient in gradients], matrices)
+            # Fused optimizers unscale the gradient themselves: here it is still scaled.
+            scale = getattr(self._optimizer, "grad_scale", None)
+            if isinstance(scale, Tensor):
+                totals[2:4] /= scale.to(totals.device)
+            self._measured.append(totals)
 
-    def _unscale(self, row: Row) -> Row:
-        """Fused optimizers unscale the gradient themselves: here it is still scaled."""
-        scale = getattr(self._optimizer, "grad_scale", None)
-        if isinstance(scale, Tensor):
-            if isinstance(row, list):
-                return [*row[:2], row[2] / float(scale), row[3] / float(scale)]
-            row[2:] /= scale.to(row.device)
-        return row
+    def _make_rows(self, parameters: list[Tensor]) -> None:
+        view = self._view
+        size = 0 if view is None else view.size
+        self._rows = (FlatRow(size), FlatRow(size), FlatRow(size))
+        self._gradient_parts = [] if view is None else view.parts_of(self._rows[2], parameters)
+        ends = [*itertools.accumulate([parameter.numel() for parameter in parameters])]
+        self._matrix_places = [slice(([0, *ends])[index], ends[index]) for index in _matrices(parameters)]
+
+    def _work_out(self) -> None:
+        """Do the arithmetic of a small network's look: not in the look, where its code would have to be fetched."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        update, weights, gradient = (row.numbers for row in self._rows)
+        with np.errstate(all="ignore"):  # a diverging run overflows here; others deal with that
+            update -= weights
+            norms = measure_rows(update, weights, gradient)
+            places = self._matrix_places if self.needs_layers else ()
+            ratios = [_ratio(update[place], weights[place]) for place in places]
+        self._measured.append([*norms[:2], norms[2] / self._scale, norms[3] / self._scale, *ratios])
 
     def pending(self) -> list[Row]:
-        """What was measured since the last `collect`: rows of four, tensors where they are still on a device."""
+        """What was measured since the last `collect`: rows of four, then a ratio for each layer where they are needed.
+
+        They are tensors where they are still on a device.
+        """
+        self._work_out()
         return self._measured
 
     def forget(self) -> None:
@@ -194,17 +225,20 @@ class GradientProbe:
         """
         self._measured = []
         norms, cosines, ratios = [], [], []
-        for update, weight, gradient, product in rows:
+        for update, weight, gradient, product, *_ in rows:
             if math.isfinite(gradient):
                 norms.append(gradient)
             if update > 0 and gradient > 0 and math.isfinite(product):
                 cosines.append(max(-1.0, min(1.0, product / update / gradient)))
             if update > 0 and weight > 0 and math.isfinite(update):
                 ratios.append(update / weight)
+        if self.needs_layers:
+            self.layer_ratios = _spread([row[4:] for row in rows])
         return _mean(norms), _mean(cosines), _mean(ratios)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on in the middle of an interval."""
+        self._work_out()
         has_copy = self._before_count == self._count[0]
         everything = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         places = {id(parameter): place for place, parameter in enumerate(everything)}
@@ -212,7 +246,7 @@ class GradientProbe:
             "of": [places[id(parameter)] for parameter in self._kept] if has_copy else [],
             "found_inf": self.count_found_inf(),
             "before": [tensor.clone() for tensor in self._before] if has_copy and self._view is None else [],
-            "row": torch.from_numpy(self._rows[0].copy()) if has_copy and self._view is not None else None,
+            "row": torch.from_numpy(self._rows[0].numbers.copy()) if has_copy and self._view is not None else None,
             "before_count": self._before_count if has_copy else -1,
             "measured": [row if isinstance(row, list) else row.clone() for row in self._measured],
             "left": self._left,
@@ -227,14 +261,14 @@ class GradientProbe:
         self._kept = [parameters[place] for place in state["of"]]
         self._before = [kept.to(p.device, copy=True) for kept, p in zip(state["before"], self._kept, strict=False)]
         self._before_count = state["before_count"]
-        self._view = None
+        self._view, self._is_open = None, False
         row = state["row"]
         if row is not None:
             view = FlatView(self._kept) if FlatView.fits(self._kept) else None
             if view is not None and view.size == row.numel():
                 self._view = view
-                self._rows = np.empty((3, view.size), np.float32)
-                self._rows[0] = row.numpy()
+                self._make_rows(self._kept)
+                self._rows[0].numbers[:] = row.numpy()
             else:
                 self._before_count = -1
         device = parameters[0].device
@@ -261,11 +295,35 @@ def _are_like(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     )
 
 
-def measure_each(updates: Sequence[Tensor], weights: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    """The same, tensor by tensor: for networks too large, or too mixed, to be laid end to end."""
-    norms = [torch.linalg.vector_norm(gather(torch._foreach_norm(row))) for row in (list(updates), weights, gradients)]
+def measure_each(
+    updates: Sequence[Tensor], weights: list[Tensor], gradients: list[Tensor], matrices: Sequence[int] = ()
+) -> Tensor:
+    """The same, tensor by tensor: for networks too large, or too mixed, to be laid end to end.
+
+    Then |u| / |theta| of each tensor whose number is in `matrices`.
+    """
+    each = [gather(torch._foreach_norm(row)) for row in (list(updates), weights, gradients)]
+    norms = [torch.linalg.vector_norm(row) for row in each]
     product = gather([_dot(g, u) for g, u in zip(gradients, updates, strict=True)]).sum()
-    return torch.stack([*norms, product])
+    totals = torch.stack([*norms, product])
+    return torch.cat([totals, (each[0] / each[1])[list(matrices)]]) if matrices else totals
+
+
+def _matrices(parameters: Sequence[Tensor]) -> list[int]:
+    return [index for index, parameter in enumerate(parameters) if parameter.dim() >= 2]
+
+
+def _ratio(update: Floats, weights: Floats) -> float:
+    whole = float(weights.dot(weights))
+    return math.sqrt(float(update.dot(update)) / whole) if whole > 0 else math.nan
+
+
+def _spread(rows: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Smallest, median (the lower of two) and largest of the layers' means; rows of another length are left out."""
+    same = [row for row in rows if len(row) == len(rows[-1])]
+    means = [_mean([ratio for ratio in column if 0 < ratio < math.inf]) for column in zip(*same, strict=True)]
+    known = sorted(mean for mean in means if mean == mean)
+    return (known[0], known[(len(known) - 1) // 2], known[-1]) if known else (math.nan, math.nan, math.nan)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

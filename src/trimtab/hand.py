@@ -21,6 +21,10 @@ from trimtab.writers import find_writers
 
 __all__ = ["Hand"]
 
+# Factors of the base schedule that are worked out at once: one alone costs 3 us in the middle of a training step, one
+# of many 0.2 (docs/decisions.md).
+AHEAD = 50
+
 
 class Hand:
     """The knobs of one run, and the settings they are at.
@@ -45,7 +49,9 @@ class Hand:
         self._gate = gate
         self._schedule = spec.make_schedule()
         self._varies = spec.base.name != "constant"
-        self._schedule(0, state.total_steps)  # a schedule that needs a horizon says so now
+        self._factors: list[float] = []  # of the steps from `_first` on
+        self._first = 0
+        self._factor_at(0)  # a schedule that needs a horizon says so now
         self._knobs = spec.make_knobs()
         self._rate = next((column for column, knob in enumerate(self._knobs) if knob.name == "lr"), None)
         found = None if self._rate is None else self._knobs[self._rate]
@@ -69,7 +75,7 @@ class Hand:
         """Present value of each knob, read from where it acts; may wait for a device."""
         return {knob.name: knob.get(self._state) for knob in self._knobs}
 
-    def act(self, action: npt.NDArray[Any], index: int, step: int, *, is_placebo: bool) -> None:
+    def act(self, action: npt.NDArray[Any], index: int, step: int, *, is_placebo: bool, remark: str = "") -> None:
         """Write what the gate and the bounds grant of an action; a placebo's action is recorded, not written.
 
         Args:
@@ -77,6 +83,7 @@ class Hand:
             index: Number of the decision.
             step: Optimizer steps taken.
             is_placebo: See above.
+            remark: What the agent says of it.
         """
         asked = self._spec.decode_one(action, self.settings)
         has_changed = False
@@ -87,6 +94,8 @@ class Hand:
                 granted, note = min(max(granted, knob.low), knob.high), f"bounds [{knob.low:g}, {knob.high:g}]"
             if is_placebo:
                 granted, note = present, "placebo: decided, not written"
+            if remark:
+                note = f"{note}; {remark}" if note else remark
             has_changed |= granted != present
             self._set(column, granted, index, step, "agent", float(action[0, column]), asked[column], note)
         if has_changed:
@@ -148,8 +157,17 @@ class Hand:
             return True
         setting = self.settings[self._rate or 0]
         if self._varies:
-            setting *= self._schedule(step, self._state.total_steps)
+            setting *= self._factor_at(step)
         return rate.follow(self._state, setting)
+
+    def _factor_at(self, step: int) -> float:
+        """The base schedule's factor, worked out together with those of the steps after it."""
+        place = step - self._first
+        if not 0 <= place < len(self._factors):
+            schedule, total_steps = self._schedule, self._state.total_steps
+            self._factors = [schedule(later, total_steps) for later in range(step, step + AHEAD)]
+            self._first, place = step, 0
+        return self._factors[place]
 
     def write_all(self, step: int) -> None:
         """Write every knob anew: at the start, and after a state was loaded."""
@@ -157,7 +175,7 @@ class Hand:
             knob.put(self._state, self.settings[column] * self._factor(column, step))
 
     def _factor(self, column: int, step: int) -> float:
-        return self._schedule(step, self._state.total_steps) if column == self._rate else 1.0
+        return self._factor_at(step) if column == self._rate else 1.0
 
     def _note(self, column: int) -> None:
         self._state.settings[self._knobs[column].name] = self.settings[column]

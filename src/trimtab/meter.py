@@ -1,10 +1,11 @@
 """Meter: what is measured between two decisions, and brought over from the device in one transfer.
 
-Called by the controller. Losses stay where they are until `measure`; gradient statistics come from the probe.
+Called by the controller. A loss on a device stays there until `measure`; gradient statistics come from the probe.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -53,8 +54,9 @@ class Meter:
             InputError: It is not one number.
         """
         if isinstance(loss, Tensor):
+            scalar = loss if loss.dim() == 0 else _to_scalar(loss)
             # A copy: the caller may reuse the memory, as loops do that add up micro-batches in one tensor.
-            self._losses.append((loss.detach() if loss.dim() == 0 else _to_scalar(loss)).clone())
+            self._losses.append(float(scalar.item()) if _is_near(scalar) else scalar.detach().clone())
         else:
             self._losses.append(to_number(loss, _NO_LOSS.format(repr(loss))))
 
@@ -69,10 +71,9 @@ class Meter:
         """
         rows = self.probe.pending()
         parts = [row for row in rows if isinstance(row, Tensor)]
-        if parts or isinstance(health, Tensor) or not _are_near(self._losses):
+        losses = [loss for loss in self._losses if not isinstance(loss, Tensor)]
+        if parts or isinstance(health, Tensor) or len(losses) < len(self._losses):
             losses, rows, health = self._bring(parts, rows, health)
-        else:
-            losses = [float(loss) for loss in self._losses]
         count, half = len(losses), max(1, len(losses) // 2)
         early, late = sum(losses[:half]), sum(losses[half:])
         mean = (early + late) / count
@@ -83,8 +84,9 @@ class Meter:
             self.val_loss,
             self.accuracy,
             *self.probe.collect([row for row in rows if isinstance(row, list)]),
-            loss_std=_spread(losses, mean) if self.needs_spread else math.nan,
-            n_steps=float(count),
+            _spread(losses, mean) if self.needs_spread else math.nan,
+            *self.probe.layer_ratios,
+            float(count),
         )
         self.first_loss, self.last_losses = losses[0], losses[half:]
         self._losses = []
@@ -95,15 +97,15 @@ class Meter:
         self, parts: list[Tensor], rows: list[Tensor | list[float]], health: Tensor | float
     ) -> tuple[list[float], list[Tensor | list[float]], float]:
         """Losses, rows and health as plain numbers, in one transfer; what lies elsewhere is moved there first."""
-        n_rows = len(parts)
+        ends = [*itertools.accumulate([len(row) for row in parts])]
         on_device = [loss for loss in self._losses if isinstance(loss, Tensor)]
         parts += [torch.stack(on_device).view(-1)] if on_device else []
         parts += [health] if isinstance(health, Tensor) else []
         device = parts[0].device
         values = torch.cat([part if part.device == device else part.to(device) for part in parts]).tolist()
-        brought = iter(values[4 * n_rows :])
+        brought = iter(values[ends[-1] if ends else 0 :])
         losses = [next(brought) if isinstance(loss, Tensor) else loss for loss in self._losses]
-        measured = iter(values[4 * i : 4 * i + 4] for i in range(n_rows))
+        measured = iter([values[start:end] for start, end in zip([0, *ends], ends, strict=False)])
         plain: list[Tensor | list[float]] = [next(measured) if isinstance(row, Tensor) else row for row in rows]
         return losses, plain, values[-1] if isinstance(health, Tensor) else health
 
@@ -132,10 +134,9 @@ def _spread(losses: list[float], mean: float) -> float:
     return math.sqrt(sum([(loss - mean) * (loss - mean) for loss in losses]) / len(losses))
 
 
-def _are_near(losses: list[Tensor | float]) -> bool:
-    """Whether no loss lies on a device: then one by one is cheaper than stacked."""
-    first = losses[0]
-    return not isinstance(first, Tensor) or first.is_cpu
+def _is_near(loss: Tensor) -> bool:
+    """Whether a loss can be read without waiting for a device; reading it is a few us cheaper than copying it."""
+    return loss.is_cpu
 
 
 def to_number(value: object, wrong: str) -> float:

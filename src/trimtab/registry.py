@@ -21,10 +21,17 @@ __all__ = ["Entry", "add", "entries", "load", "names"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One named thing: where it is, and one line of what it is."""
+    """One named thing.
+
+    Attributes:
+        target: Where it is, "module:object".
+        description: One line of what it is.
+        needs_brain: An agent that was taught before and knows nothing without a brain.
+    """
 
     target: str
     description: str
+    needs_brain: bool = False
 
 
 _TASKS = {
@@ -50,9 +57,11 @@ _AGENTS = {
     "random": Entry("trimtab.agents.scripted:RandomMoves", "a move drawn at random at every decision"),
     "uwhg": Entry("trimtab.agents.uwhg:UWHG", "rule: update-to-weight ratio first, then hypergradient; no learning"),
     "q_learning": Entry("trimtab.agents.q_learning:QLearning", "tabular Q-learning over binned scale-free signals"),
-    "evolution": Entry("trimtab.agents.evolution:Evolution", "linear policy taught by evolution strategies; readable"),
-    "ppo": Entry("trimtab.agents.policy:PPOAgent", "small network taught by PPO; acts with the mean of its moves"),
-    "dqn": Entry("trimtab.agents.policy:DQNAgent", "small network taught by DQN; acts with its best move"),
+    "evolution": Entry(
+        "trimtab.agents.evolution:Evolution", "brain: linear policy taught by evolution strategies; readable", True
+    ),
+    "ppo": Entry("trimtab.agents.policy:PPOAgent", "brain: small network taught by PPO; the mean of its moves", True),
+    "dqn": Entry("trimtab.agents.policy:DQNAgent", "brain: small network taught by DQN; its best move", True),
 }
 _KNOBS = {
     "lr": Entry("trimtab.knobs.optimizer:LearningRate", "learning rate of every param group, ratios kept"),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trimtab.errors import InputError, unknown_name
-from trimtab.flat import FlatView, Floats, gather
+from trimtab.flat import FlatRow, FlatView, Floats, gather
 from trimtab.run_state import RunState, Value
 
 __all__ = ["GOOD", "Gate", "Guard", "Safety", "Snapshot", "Verdict", "log_noise"]
@@ -227,9 +227,12 @@ class Snapshot:
         self._tensors: list[Tensor] = []  # parameters, then buffers, then optimizer state, as `_sources` lists them
         self._copied: list[int] = []  # which tensors were copied last
         self._view: FlatView | None = None  # or, in a small network, all of them at once
-        self._row: Floats = np.empty(0, np.float32)
+        self._row, self._next_row = FlatRow(0), FlatRow(0)  # then: what `_tensors` lie in, and what comes next
+        self._next_tensors: list[Tensor] = []
+        self._is_copied = False  # whether the next row holds what is there now
+        self._n_weights = 0  # numbers in a row that are weights, which come first
         self._weights: FlatView | None = None
-        self._scratch: Floats = np.empty(0, np.float32)
+        self._scratch = FlatRow(0)
         self._has_values = False  # whether an optimizer keeps more than tensors, to be looked at every time
         self._counts = (0, 0)
         self._layout: list[dict[str, Any]] = []
@@ -255,23 +258,39 @@ class Snapshot:
         return sources
 
     def sum_of_weights(self) -> float | Tensor:
-        """Not finite if a weight is not, or is far beyond use: a number, or a tensor of one on the weights' device."""
+        """Not finite if a weight is not, or is far beyond use: a number, or a tensor of one on the weights' device.
+
+        In a small network all that a snapshot holds is copied for it, and `keep` makes that the snapshot.
+        """
+        if self._view is not None and not self._has_values and self._view.shows(self._sources()):
+            self._view.copy_to(self._next_row)
+            self._is_copied = True
+            return _square(self._next_row.numbers[: self._n_weights])
         parameters = self._parameters()
         view = self._weights
         if view is None or not view.shows(parameters):
             view = self._weights = FlatView(parameters) if FlatView.fits(parameters) else None
-            self._scratch = np.empty(view.size if view is not None else 0, np.float32)
+            self._scratch = FlatRow(view.size if view is not None else 0)
         if view is not None:
             view.copy_to(self._scratch)
-            with np.errstate(all="ignore"):
-                return float(self._scratch.dot(self._scratch))
+            return _square(self._scratch.numbers)
         weights = [parameter.detach() for parameter in parameters]
         if any([weight.dtype == torch.float16 for weight in weights]):  # it ends at 65,504, which a norm may pass
             return gather([weight.sum(dtype=torch.float32) for weight in weights]).sum().view(1)
         return gather(torch._foreach_norm(weights)).sum().view(1)
 
+    def keep(self) -> None:
+        """Take a snapshot as of `sum_of_weights`, where no tensor has been written since: saves the second copy."""
+        if not self._is_copied:
+            self.take()
+            return
+        self._is_copied = False
+        self._row, self._next_row = self._next_row, self._row
+        self._tensors, self._next_tensors = self._next_tensors, self._tensors
+
     def take(self) -> None:
         """Copy what is there now over the copy before."""
+        self._is_copied = False
         sources = self._sources()
         if self._view is not None and self._view.shows(sources) and not self._has_values:
             self._view.copy_to(self._row)
@@ -284,9 +303,11 @@ class Snapshot:
         cpu = torch.device("cpu")
         self._view = FlatView(sources) if FlatView.fits(sources) else None
         if self._view is not None:
-            self._row = np.empty(self._view.size, np.float32)
+            self._row, self._next_row = FlatRow(self._view.size), FlatRow(self._view.size)
             self._view.copy_to(self._row)
-            self._tensors = self._view.rows_of(self._row, sources)
+            self._tensors = self._view.parts_of(self._row, sources)
+            self._next_tensors = self._view.parts_of(self._next_row, sources)
+            self._n_weights = sum(parameter.numel() for parameter in self._parameters())
             who = []
         else:
             self._tensors = [
@@ -307,6 +328,7 @@ class Snapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Put the copy back in place: the same tensors hold the old values again."""
+        self._is_copied = False
         n_parameters, n_buffers = self._counts
         parameters = self._parameters()
         # A group added since the copy was taken keeps its weights: nothing older of it is known.
@@ -354,9 +376,14 @@ class Snapshot:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self._tensors = [tensor.clone() for tensor in state["tensors"]]
-        self._copied, self._view = [], None
+        self._copied, self._view, self._is_copied = [], None, False
         self._counts = (state["counts"][0], state["counts"][1])
         self._layout = [dict(entry) for entry in state["layout"]]
+
+
+def _square(row: Floats) -> float:
+    with np.errstate(all="ignore"):
+        return float(row.dot(row))
 
 
 def _number(value: Value) -> float:

@@ -23,7 +23,7 @@ def test_registered_agents(name: str) -> None:
     check_agent(make_agent(name, OPTIONS.get(name), seed=3))
 
 
-@pytest.mark.parametrize("name", ["q_learning", "random"])
+@pytest.mark.parametrize("name", ["q_learning", "random", "ppo", "dqn", "evolution"])
 def test_agents_that_move_two_knobs(name: str) -> None:
     check_agent(make_agent(name, seed=3, n_knobs=2), n_knobs=2)
 
@@ -40,6 +40,9 @@ def test_agents_that_move_two_knobs(name: str) -> None:
         ("random", {"factors": [0.5, 1.0, 2.0], "every": "epoch"}),
         ("uwhg", {"target": 0.3, "gain": 0.1, "bias": 0.2, "n_decisions": 5, "base": "constant"}),
         ("q_learning", {"actions": [0.3, 1.0], "bins": {"progress": [0.5]}, "epsilon": 1.0, "base": "cosine"}),
+        ("ppo", {"residual": "uwhg", "hidden": [8], "moves": [-1.0, 0.0, 1.0], "base": "constant", "members": 3}),
+        ("dqn", {"signals": ["progress", "loss_slope"], "n_decisions": 5, "early_decisions": 2}),
+        ("evolution", {"sigma": 0.2, "learning_rate": 0.1, "population": 32, "group_size": 8, "n_decisions": 5}),
         ("q_learning", {"actions": "wide", "epsilon_schedule": "linear", "gamma": 1.0, "base_options": {}}),
     ],
 )

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from toy import Toy
+from trimtab import brains
 from trimtab.agents.base import Agent
 from trimtab.agents.q_learning import QLearning
 from trimtab.brain import Brain
@@ -103,6 +104,15 @@ def test_the_shipped_brains() -> None:
     assert (default.spec.base.name, free.spec.base.name) == ("cosine", "constant")
     with pytest.raises(BrainError, match=r"no brain in defaults: .*or 'default'"):
         Brain.load("defaults")
+
+
+@pytest.mark.parametrize("name", brains.descriptions())
+def test_every_brain_on_the_list_loads_and_says_where_it_comes_from(name: str) -> None:
+    brain = Brain.load(name)
+    assert brain.provenance
+    if brains.folder_of(name) is not None:
+        assert sum(path.stat().st_size for path in brains.folder_of(name).iterdir()) < 1_000_000
+        assert "trimtab learn" in brain.provenance["command"]
 
 
 def test_a_brain_is_used_with_its_own_spec_alone() -> None:

@@ -78,9 +78,9 @@ def test_lists_of_arms_studies_and_what_is_not_there(capsys):
     assert "replay" not in names
     assert re.findall(r"^(\S+)  ", invoke(capsys, "list", "studies")[1], re.M) == ["demo", "transformer-lr"]
     assert re.findall(r"^(\S+)  ", invoke(capsys, "list", "recipes")[1], re.M) == ["default", "smoke"]
-    assert invoke(capsys, "list", "brains")[:2] == (
-        0,
-        "no brains are shipped yet; RLScheduler's brain='default' is the rule uwhg\n",
+    brains = re.findall(r"^(\S+) +(.*)$", invoke(capsys, "list", "brains")[1], re.M)
+    assert dict(brains)["default-open"] == (
+        "the rule uwhg over a constant base, no learning; for runs whose end is not known"
     )
     assert invoke(capsys, "list", "experience")[:2] == (0, "no experience is stored: this version keeps none\n")
 

@@ -12,10 +12,11 @@ from torch.optim import lr_scheduler
 
 from recorder import Recorder, controlled
 from toy import OPTIMIZERS, Toy
+from trimtab.agents.policy import PPOAgent
 from trimtab.agents.q_learning import QLearning
 from trimtab.agents.scripted import Replay
 from trimtab.controller import Controller
-from trimtab.errors import ConflictError
+from trimtab.errors import ConflictError, InputError
 from trimtab.safety import Gate, Safety
 from trimtab.spec import ControlSpec
 
@@ -285,3 +286,14 @@ def test_use_mode_learns_nothing_and_takes_the_best_known_action() -> None:
     after = agent.state_dict()
     assert torch.equal(before["table"], after["table"])
     assert before["rng"] == after["rng"]
+
+
+def test_a_taught_agent_takes_its_best_action_in_every_mode_and_needs_a_brain() -> None:
+    runs = {}
+    for mode in ("learn", "use"):
+        _, controller = controlled(PPOAgent(seed=1), 200, mode=mode)
+        runs[mode] = [decision.asked for decision in controller.decisions]
+    assert runs["learn"] == runs["use"]
+    assert len(set(runs["use"])) > 20  # means of moves, not nine moves
+    with pytest.raises(InputError, match="agent 'ppo' knows nothing by itself; give a brain that holds one"):
+        controlled("ppo")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from toy import OPTIMIZERS, Toy
-from trimtab.flat import SMALL_UP_TO, FlatView
+from trimtab.flat import SMALL_UP_TO, FlatRow, FlatView
 from trimtab.gradients import GradientProbe, measure_each, measure_rows
 
 
@@ -180,14 +180,14 @@ def test_closed_or_let_go_it_looks_no_more() -> None:
 def test_a_flat_view_shows_and_copies() -> None:
     tensors = [torch.arange(6.0).reshape(2, 3), torch.tensor(7.0), torch.zeros(0), torch.tensor([8.0, 9.0])]
     view = FlatView(tensors)
-    row = np.empty(view.size, np.float32)
+    row = FlatRow(view.size)
     view.copy_to(row)
-    assert row.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+    assert row.numbers.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
     tensors[0].add_(10)
-    assert row[0] == 0
+    assert row.numbers[0] == 0
     assert view.shows(tensors)
     assert not view.shows([tensors[0].clone(), *tensors[1:]])
-    assert [part.tolist() for part in view.rows_of(row, tensors)][:2] == [[[0, 1, 2], [3, 4, 5]], 7]
+    assert [part.tolist() for part in view.parts_of(row, tensors)][:2] == [[[0, 1, 2], [3, 4, 5]], 7]
     moved = nn.Parameter(torch.ones(2))
     other = FlatView([moved])
     moved.data = torch.zeros(2)  # the same object on other memory, as after module.to
@@ -209,3 +209,32 @@ def test_a_flat_view_shows_and_copies() -> None:
 )
 def test_what_fits_into_a_flat_view(tensors: list[Tensor], fits: bool) -> None:
     assert FlatView.fits(tensors) == fits
+
+
+@pytest.mark.parametrize("is_small", [True, False], ids=["on one row", "tensor by tensor"])
+def test_layer_ratios_are_of_matrices_and_in_order(is_small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_small:
+        monkeypatch.setattr(FlatView, "fits", staticmethod(lambda tensors: False))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3), nn.Linear(3, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    probe = GradientProbe(optimizer)
+    probe.needs_layers = True
+    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    weights: list[list[Tensor]] = []
+    probe.aim(12)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        weights.append([p.detach().clone().double() for p in model.parameters() if p.dim() == 2])
+        optimizer.step()
+    found = collect(probe)
+    assert all(math.isfinite(value) for value in found)
+    # Measured before steps 1 and 11: weights there against those one step earlier.
+    ratios = [
+        np.mean([float((weights[t - 1][i] - weights[t][i]).norm() / weights[t][i].norm()) for t in (1, 11)])
+        for i in range(4)
+    ]
+    assert probe.layer_ratios == pytest.approx((min(ratios), sorted(ratios)[1], max(ratios)), rel=1e-4)
+    probe.aim(1)
+    collect(probe)
+    assert all(math.isnan(value) for value in probe.layer_ratios)

@@ -59,7 +59,14 @@ def test_an_agents_name_is_its_name_in_the_registry() -> None:
 
     for name in registry.names("agent"):
         options: dict[str, Any] = {"settings": [[0.1]]} if name == "replay" else {}
-        assert make_agent(name, options).name == name
+        agent = make_agent(name, options)
+        assert agent.name == name
+        assert agent.is_taught == registry.entries("agent")[name].needs_brain
+    assert {name for name, entry in registry.entries("agent").items() if entry.needs_brain} == {
+        "dqn",
+        "evolution",
+        "ppo",
+    }
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,31 @@ def test_no_warning_about_the_order_of_calls() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(toy, scheduler, 5)
+
+
+def test_the_optimizers_step_is_left_as_it_was() -> None:
+    """torch wraps it for each of its schedulers, at a cost in every step."""
+    toy = Toy()
+    make(toy)
+    assert "step" not in vars(toy.optimizer)
+    other = Toy()
+    lr_scheduler.ConstantLR(other.optimizer)
+    wrapped = other.optimizer.step
+    make(other)
+    assert other.optimizer.step is wrapped
+
+
+def test_a_deep_copy_goes_on_by_itself() -> None:
+    toy = Toy("adam", 0.01)
+    scheduler = make(toy)
+    run(toy, scheduler, 9)
+    other = copy.deepcopy(scheduler)
+    kept = [float(p.detach().sum()) for group in other.optimizer.param_groups for p in group["params"]]
+    assert other.last_epoch == 9
+    assert other.decisions == scheduler.decisions
+    run(toy, scheduler, 9)
+    assert (other.last_epoch, scheduler.last_epoch) == (9, 18)
+    assert [float(p.detach().sum()) for group in other.optimizer.param_groups for p in group["params"]] == kept
 
 
 def test_repr_and_state_say_which_brain_it_is() -> None:

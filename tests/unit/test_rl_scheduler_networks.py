@@ -118,6 +118,7 @@ class Counting(TorchDispatchMode):
 @pytest.mark.parametrize("lr", ["float", "tensor"])
 @pytest.mark.parametrize("width", [8, 1024])  # small networks are measured in NumPy, large ones in torch
 def test_nothing_waits_for_the_device_between_decisions(lr: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.meter._is_near", lambda loss: False)  # as of a loss on a device: one here is read
     reads: Counter[str] = Counter()
     for name in ("tolist", "item", "cpu", "__float__", "__bool__", "__int__"):
         original = getattr(torch.Tensor, name)
@@ -150,8 +151,7 @@ def test_nothing_waits_for_the_device_between_decisions(lr: str, width: int, mon
         (at_decisions if len(scheduler.decisions) > n_decisions else at_steps).append(total)
     assert at_steps == [0] * 54
     assert len(at_decisions) == 6
-    # On the CPU, where nothing waits, each of the ten losses may be read by itself.
-    assert max(at_decisions) <= 2 * 10 + 4, at_decisions
+    assert max(at_decisions) <= 6, at_decisions
     assert len(set(at_decisions)) == 1, at_decisions
 
 
@@ -379,7 +379,7 @@ def test_the_loss_is_kept_without_its_graph() -> None:
     loss.backward()
     toy.optimizer.step()
     scheduler.step(loss)
-    assert all(kept.grad_fn is None for kept in scheduler._controller._meter._losses)
+    assert scheduler._controller._meter._losses == [loss.item()]
 
 
 def test_a_brain_that_learns_goes_on_learning_here() -> None:

@@ -215,6 +215,33 @@ def test_a_snapshot_of_a_large_network_brings_everything_back() -> None:
     assert snapshot.size_bytes == 4 * (3 * n_numbers + 2 * 400) + 8 + 4 * len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_was_copied_for_the_sum_of_weights_is_kept_or_not(dtype: torch.dtype) -> None:
+    toy = Toy("adam", 0.05, batch_norm=True, dtype=dtype)
+    toy.step()
+    snapshot = Snapshot(toy.optimizer, toy.model)
+    snapshot.take()
+    first = frozen(toy)
+    toy.step()
+    snapshot.sum_of_weights()
+    snapshot.restore()  # the copy made for the sum is of weights that were bad
+    assert frozen(toy) == first
+    toy.step()
+    second = frozen(toy)
+    snapshot.sum_of_weights()
+    snapshot.keep()
+    for _ in range(2):
+        toy.step()
+        snapshot.restore()
+        assert frozen(toy) == second
+    toy.step()
+    third = frozen(toy)
+    snapshot.keep()  # nothing was copied since: it takes one
+    toy.step()
+    snapshot.restore()
+    assert frozen(toy) == third
+
+
 def test_without_the_model_buffers_stay() -> None:
     toy = Toy(batch_norm=True)
     snapshot = Snapshot(toy.optimizer)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trimtab.errors import InputError
-from trimtab.seeding import derive_seed, numpy_generator, scoped_global_rng, torch_generator
+from trimtab.seeding import derive_seed, numpy_generator, scoped_global_rng, scoped_numpy_rng, torch_generator
 
 
 def test_the_same_path_is_the_same_seed_and_any_other_is_another() -> None:
@@ -75,3 +75,17 @@ def test_it_is_put_back_after_an_error_too() -> None:
     with pytest.raises(KeyError), scoped_global_rng(None, torch.device("cpu")):
         raise KeyError(torch.rand(1))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_numpys_global_generator_is_lent_and_put_back() -> None:
+    before = np.random.get_state()[1].tolist()  # noqa: NPY002
+    drawn = []
+    for _ in range(2):
+        with scoped_numpy_rng(2**62 + 1):
+            drawn.append(np.random.random(3).tolist())  # noqa: NPY002
+    with scoped_numpy_rng(5):
+        drawn.append(np.random.random(3).tolist())  # noqa: NPY002
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(KeyError), scoped_numpy_rng(5):
+        raise KeyError
+    assert np.random.get_state()[1].tolist() == before  # noqa: NPY002

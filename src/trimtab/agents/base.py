@@ -164,13 +164,17 @@ class Agent(ABC):
 
     Attributes:
         name: Name in the registry.
-        is_learned: Whether `update` changes it, so that it goes on learning within a run. False for policies that
-            were learned before and are used as they are.
+        note: What is to be said of the last decision, for the record; empty where it was an ordinary one.
+        is_learned: Whether `update` changes it, so that it goes on learning within a run.
+        is_taught: Whether it was learned before and is used as it is: then it takes its best action in every mode,
+            since it would learn nothing from trying others, and without a brain it knows nothing.
         decides: Whether it ever asks for anything but "no change"; False for a plain schedule.
     """
 
     name: str
+    note: str = ""
     is_learned: ClassVar[bool] = False
+    is_taught: ClassVar[bool] = False
     decides: ClassVar[bool] = True
 
     @property

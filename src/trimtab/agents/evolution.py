@@ -61,6 +61,7 @@ class Evolution(Agent):
     """
 
     name = "evolution"
+    is_taught = True
 
     def __init__(  # noqa: PLR0913 (options of a study file, flat because people write them by hand)
         self,
@@ -71,8 +72,8 @@ class Evolution(Agent):
         early_decisions: int = 6,
         base: str = "cosine",
         base_options: Mapping[str, Any] | None = None,
-        sigma: float = 0.1,
-        learning_rate: float = 0.05,
+        sigma: float = 0.05,
+        learning_rate: float = 0.02,
         population: int = 16,
         group_size: int = 16,
         n_knobs: int = 1,

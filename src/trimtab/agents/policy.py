@@ -51,6 +51,8 @@ class PolicyAgent(Agent):
         base_options: Its options.
         residual: None, or "uwhg": half the move is added to what that rule proposes for the first knob.
         members: Networks whose moves are averaged.
+        ranges: Signal -> (lowest, highest) it was learned on. Where one lies outside, the rule `uwhg` decides alone,
+            and `note` says so; None trusts the policy everywhere.
         n_knobs: Knobs it moves together.
         seed: Seed of the first weights and of its exploration.
 
@@ -66,6 +68,8 @@ class PolicyAgent(Agent):
         InputError: An option is out of range, or the residual's rule needs a signal that is not observed.
     """
 
+    is_taught = True
+
     def __init__(  # noqa: PLR0913 (options of a study file, flat because people write them by hand)
         self,
         *,
@@ -79,6 +83,7 @@ class PolicyAgent(Agent):
         base_options: Mapping[str, Any] | None = None,
         residual: str | None = None,
         members: int = 1,
+        ranges: Mapping[str, Sequence[float]] | None = None,
         n_knobs: int = 1,
         seed: int = 0,
     ) -> None:
@@ -87,7 +92,14 @@ class PolicyAgent(Agent):
         self.hidden = tuple(_whole(self.name, "hidden", width) for width in hidden)
         self.members = _whole(self.name, "members", members)
         self.n_knobs = _whole(self.name, "n_knobs", n_knobs)
-        self._rule, self._rule_columns = self._make_rule(residual)
+        self._share_of_rule = _share_of_rule(self.name, residual)
+        self._ranges = _checked_ranges(self.name, ranges, self.features.signals)
+        low, high = zip(*[self._ranges.get(name, (-np.inf, np.inf)) for name in self.features.signals], strict=True)
+        self._low, self._high = np.array(low), np.array(high)
+        self._rule: UWHG | None = None
+        self._rule_columns: list[int] = []
+        if residual or self._ranges:
+            self._rule, self._rule_columns = self._make_rule()
         if early_decisions is None:
             early_decisions = N_FIRST + 1 if self._rule else EARLY_DECISIONS
         self._needs = Needs(
@@ -103,16 +115,12 @@ class PolicyAgent(Agent):
         self._share = np.full((1, self.members), 1.0 / self.members)
         self._weights, self._biases = self._initial(np.random.default_rng([seed, 1]))
 
-    def _make_rule(self, residual: str | None) -> tuple[UWHG | None, list[int]]:
-        if residual is None:
-            return None, []
-        if residual != "uwhg":
-            raise unknown_name(f"residual of agent {self.name!r}", residual, ["uwhg"])
+    def _make_rule(self) -> tuple[UWHG, list[int]]:
         rule = UWHG()
         missing = [name for name in rule.needs.signals if name not in self.features.signals]
         if missing:
             raise InputError(
-                f"{self.name}: the rule of residual='uwhg' needs the signals {', '.join(missing)}, which are not among "
+                f"{self.name}: the rule 'uwhg' needs the signals {', '.join(missing)}, which are not among "
                 f"{', '.join(self.features.signals)}; add them to `signals`"
             )
         return rule, [self.features.signals.index(name) for name in rule.needs.signals]
@@ -153,8 +161,9 @@ class PolicyAgent(Agent):
             "early_decisions": timing.early_decisions,
             "base": base.name,
             "base_options": dict(base.options),
-            "residual": None if self._rule is None else self._rule.name,
+            "residual": "uwhg" if self._share_of_rule else None,
             "members": self.members,
+            "ranges": {name: list(pair) for name, pair in self._ranges.items()} or None,
         }
 
     def predict(
@@ -190,9 +199,25 @@ class PolicyAgent(Agent):
         if self._rule is None:
             return moves, state
         proposed, state = self._rule.predict(observation[:, self._rule_columns], state, episode_start)
-        actions = RESIDUAL_SHARE * moves
-        actions[:, :1] += proposed  # the first knob is the rate, of which alone the rule speaks
+        actions = moves
+        if self._share_of_rule:
+            actions = RESIDUAL_SHARE * moves
+            actions[:, :1] += proposed  # the first knob is the rate, of which alone the rule speaks
+        self.note = ""
+        if self._ranges:
+            actions = self._trust(actions, proposed, observation)
         return np.minimum(np.maximum(actions, self.moves[0]), self.moves[-1]), state
+
+    def _trust(self, actions: Array, proposed: Array, observation: Array) -> Array:
+        """The actions, and the rule's where a signal lies outside what the policy was learned on."""
+        outside = np.logical_or(observation < self._low, observation > self._high)
+        if not outside.any():
+            return actions
+        names = [name for name, column in zip(self.features.signals, outside.T, strict=True) if column.any()]
+        self.note = f"outside what was learned on ({', '.join(names)}): the rule uwhg decides"
+        rule = np.zeros_like(actions)
+        rule[:, :1] = proposed
+        return np.where(np.any(outside, axis=1, keepdims=True), rule, actions)
 
     def outputs(self, observation: Array) -> Array:
         """Each member's number for each knob and move: logits, or values; (R, S) -> (R, members, K, moves).
@@ -337,6 +362,29 @@ class DQNAgent(PolicyAgent):
 def _exponentials(outputs: Array) -> Array:
     """exp(z - max z): the softmax but for its denominator, without overflow."""
     return np.asarray(np.exp(outputs - outputs.max(axis=-1, keepdims=True)))
+
+
+def _share_of_rule(who: str, residual: str | None) -> float:
+    if residual not in (None, "uwhg"):
+        raise unknown_name(f"residual of agent {who!r}", residual, ["uwhg"])
+    return RESIDUAL_SHARE if residual else 0.0
+
+
+def _checked_ranges(
+    who: str, given: Mapping[str, Sequence[float]] | None, signals: Sequence[str]
+) -> dict[str, tuple[float, float]]:
+    ranges: dict[str, tuple[float, float]] = {}
+    for name, pair in (given or {}).items():
+        if name not in signals:
+            raise unknown_name(f"signal with a range, of agent {who!r}", name, signals)
+        try:
+            low, high = map(float, pair)
+        except (TypeError, ValueError):
+            low = high = np.nan
+        if not low <= high:
+            raise InputError(f"{who}: range of {name!r} is {pair!r}; expected two numbers, the lower one first")
+        ranges[name] = (low, high)
+    return ranges
 
 
 def _whole(who: str, key: str, value: int) -> int:

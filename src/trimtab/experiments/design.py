@@ -253,6 +253,12 @@ class _Resolver:
             raise unknown_name(f"base of arm {name!r}", spec.base, _BASES)
         if kind != "learned" and (spec.reward is not None or spec.learn_runs):
             raise InputError(f"arm {name!r}: reward and learn_runs are for learned arms; this is a {kind}")
+        is_taught = registry.entries("agent")[agent].needs_brain
+        if is_taught and (spec.brain is None or spec.learn_runs):
+            raise InputError(
+                f"arm {name!r}: agent {agent!r} knows what it was taught before, and learns nothing in a run; expected "
+                "brain: FOLDER and no learn_runs"
+            )
         return Arm(
             id=name,
             agent=agent,
@@ -263,7 +269,7 @@ class _Resolver:
             lr=self._rates(spec, agent),
             reward=self._reward(spec) if kind == "learned" else None,
             learn_runs=(self._file.learn_runs if spec.learn_runs is None else spec.learn_runs)
-            if kind == "learned"
+            if kind == "learned" and not is_taught
             else 0,
             knobs=self._knobs(spec, kind),
             brain=self._brain(spec, kind),

@@ -91,7 +91,7 @@ def _show_making(directory: Path, console: Console) -> None:
         return
     plan = read_json(directory / "learn.json")
     recipe = plan["recipe"]
-    rows = {"recipe": f"{recipe['recipe']}: {recipe['idea']}", "made_by": plan["command"], "brain": "not made yet"}
+    rows = {"recipe": f"{recipe['recipe']}: {recipe['idea']}", "command": plan["command"], "brain": "not made yet"}
     for index in range(recipe["seeds"]):
         lines = read_lines(directory / f"seed-{index}" / "curve.jsonl")
         done = max((line["iteration"] for line in lines), default=0)

@@ -45,7 +45,7 @@ def make_provenance(recipe: Recipe, out: Path, plan: Mapping[str, Any], chosen: 
         chosen: The choice.
     """
     return {
-        "made_by": plan["command"],
+        "command": plan["command"],
         "recipe": recipe.to_json(),
         "root_seed": plan["root_seed"],
         "learner_seeds": list(plan["learner_seeds"]),

@@ -41,7 +41,7 @@ def _text(recipe: Recipe, provenance: Mapping[str, Any]) -> str:
         f"# Brain by the recipe {recipe.recipe}",
         recipe.idea,
         f"Chosen: **{provenance['chosen']}**. {_sentence(provenance['why'])}",
-        f"Made by `{provenance['made_by']}`.",
+        f"Made by `{provenance['command']}`.",
         f"Taught on: {', '.join(provenance['families'])}. Held out: "
         f"{', '.join(provenance['families_held_out']) or 'no family'}. "
         f"Data sets that it has not seen: {', '.join(provenance['not_seen'])}.",

@@ -122,9 +122,7 @@ class BatchedTraining:
             is_class = torch.tensor([task.kind == "classification" for task in tasks]).unsqueeze(1)
             self._no_class = torch.zeros(beyond.shape, dtype=dtype).masked_fill(beyond & is_class, -math.inf)
             self._no_class = self._no_class.unsqueeze(2).to(self._device)
-        self._dropout = torch.tensor([task.network.dropout for task in tasks], dtype=dtype, device=self._device)
-        self._has_dropout = bool((self._dropout > 0).any())
-        self._dropout_seeds = torch.tensor([derive_seed(seed, "dropout") >> 1 for seed in seeds], device=self._device)
+        self._drop = _Dropout([task.network.dropout for task in tasks], seeds, dtype, self._device)
         self.steps_done = 0
 
     # ---- training -----------------------------------------------------------------------------------------------
@@ -164,7 +162,8 @@ class BatchedTraining:
     def _backward(self) -> Tensor:
         """Losses (R,) of the next batches; their gradients go to `_gradient`."""
         inputs, targets = self._data["train"].take(self._orders.next())
-        outputs = self._network.forward(self._views, inputs, self._drop if self._has_dropout else _keep)
+        self._drop.steps_done = self.steps_done
+        outputs = self._network.forward(self._views, inputs, self._drop if self._drop.is_needed else _keep)
         losses = self._losses(outputs, targets).mean(1)
         gradients = torch.autograd.grad(losses.sum(), self._views)
         torch.cat([gradient.flatten(1) for gradient in gradients], 1, out=self._gradient)
@@ -181,12 +180,6 @@ class BatchedTraining:
             else:
                 parts.append((outputs[where, 0] - targets[where]) ** 2)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _drop(self, layer: int, x: Tensor) -> Tensor:
-        """Dropout by each run's own probability."""
-        keep = 1 - self._dropout.view(-1, 1, 1)
-        uniform = hashed_uniform(self._dropout_seeds, self.steps_done * 16 + layer, x.shape[1:]).to(x.dtype)
-        return x * (uniform < keep) / keep
 
     def _measure(self, before: Tensor) -> tuple[Tensor, Tensor]:
         """[|u|, |theta|, |g|, <g, u>] (4, R), and |u| / |theta| of each layer's weights (layers, R)."""
@@ -251,6 +244,29 @@ class BatchedTraining:
 
     def _kept(self) -> dict[str, Tensor]:
         return {"parameters": self.parameters, "moments": self.optimizer.moments, "steps": self.optimizer.steps}
+
+
+class _Dropout:
+    """Dropout of the runs that have it, by each one's own probability; equal seeds share their masks' numbers."""
+
+    def __init__(
+        self, probabilities: Sequence[float], seeds: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        runs = [run for run, probability in enumerate(probabilities) if probability > 0]
+        self.is_needed = bool(runs)
+        self.steps_done = 0
+        self._runs = torch.tensor(runs, device=device)
+        keep = torch.tensor([1 - probabilities[run] for run in runs], dtype=dtype, device=device)
+        self._keep = keep.view(-1, 1, 1)
+        distinct = sorted({seeds[run] for run in runs})
+        self._seeds = torch.tensor([derive_seed(seed, "dropout") for seed in distinct], device=device)
+        self._seed_of = torch.tensor([distinct.index(seeds[run]) for run in runs], device=device)
+
+    def __call__(self, layer: int, x: Tensor) -> Tensor:
+        """Activations (R, units, B) of a layer, after dropout."""
+        uniform = hashed_uniform(self._seeds, self.steps_done * 16 + layer, x.shape[1:])
+        mask = (uniform[self._seed_of] < self._keep) / self._keep
+        return x.index_copy(0, self._runs, x.index_select(0, self._runs) * mask)
 
 
 class _Padded:

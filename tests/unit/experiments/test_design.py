@@ -85,6 +85,13 @@ def test_an_arm_written_out(tmp_path):
     )
 
 
+def test_a_taught_agent_has_a_brain_and_no_learning_runs(tmp_path):
+    text = GOOD.replace("[constant, q_learning]", f"[q_learning, {{id: a, agent: ppo, brain: {tmp_path}/b}}]")
+    study = load_study(write(tmp_path, text + "learn_runs: 4\n"))
+    assert [arm.learn_runs for arm in study.arms] == [4, 0]
+    assert study.arms[1].brain == str(tmp_path / "b")
+
+
 def test_default_cosine_brings_its_own_rate(tmp_path):
     text = GOOD.replace("[constant", "[default-cosine, constant") + "lr: 0.01\n"
     assert [arm.lr["digits-mlp"] for arm in load_study(write(tmp_path, text)).arms] == [None, 0.01, 0.01]
@@ -224,6 +231,12 @@ def test_a_wrong_value_is_named_with_what_was_expected(tmp_path, change, text):
         ("[{id: cosine, reward: improvement}]", "arm 'cosine': reward and learn_runs are for learned arms"),
         ("[{id: default-cosine, lr: 1}]", "arm 'default-cosine': lr: default-cosine brings its own rate"),
         ("[replay]", "arm 'replay': 'replay' needs decisions to replay; use yoked:ARM"),
+        (
+            "[ppo]",
+            "arm 'ppo': agent 'ppo' knows what it was taught before, and learns nothing in a run; expected brain",
+        ),
+        ("[placebo:evolution]", "arm 'evolution': agent 'evolution' knows what it was taught before"),
+        ("[{id: a, agent: dqn, brain: b, learn_runs: 2}]", "expected brain: FOLDER and no learn_runs"),
         ("[placebo:yoked:uwhg]", "mine.yaml: arms.0.id: got 'placebo:yoked:uwhg', expected a text"),
         (
             "[uwhg, {id: 'yoked:uwhg', lr: 1}]",

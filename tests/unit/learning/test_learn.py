@@ -75,8 +75,8 @@ def test_what_lies_in_the_folder(made):
 def test_the_brain_says_where_it_comes_from_and_acts(made):
     brain = Brain.load(made / "brain")
     story = brain.provenance
-    assert story["made_by"].startswith("trimtab learn ")
-    assert story["made_by"].endswith("tiny.yaml --seed 5")
+    assert story["command"].startswith("trimtab learn ")
+    assert story["command"].endswith("tiny.yaml --seed 5")
     assert story["recipe"]["learner"] == "ppo"
     assert story["recipe"]["validate"]["runs_per_task"] == 2
     assert (story["root_seed"], len(story["learner_seeds"])) == (5, 2)
@@ -202,7 +202,7 @@ def test_the_folder_is_named_after_the_recipe(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             cli.main(["show", folder])
         shown = capsys.readouterr().out
-        assert "made_by                 trimtab learn tiny.yaml --seed 0 --num-envs 2" in shown
+        assert "command                 trimtab learn tiny.yaml --seed 0 --num-envs 2" in shown
         assert "recipe num_envs         2" in shown
         assert "sources                 linear-regression" in shown
         assert "curve of seed-0         first " in shown

@@ -1,0 +1,123 @@
+"""What is learned is what is run: the vector environment shows and does what a Controller shows and does."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from trimtab.agents.base import Agent, Array, Needs, State
+from trimtab.controller import Controller
+from trimtab.envs import batched
+from trimtab.envs.batched import TrainingVectorEnv
+from trimtab.envs.episodes import draw_episode
+from trimtab.envs.specs import default_spec
+from trimtab.seeding import derive_seed
+from trimtab.tasks.base import Split
+from trimtab.tasks.small import SmallTask
+from trimtab.training.batched import BatchedTraining
+from trimtab.training.loop import TrainingLoop
+
+
+class Puppet(Agent):
+    """Does what it was told, and remembers what it saw."""
+
+    name = "puppet"
+
+    def __init__(self, moves: list[float]) -> None:
+        self._moves = [0.0, *moves]  # the first call is the controller's own check of the actions' shape
+        self.seen: list[Array] = []
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    def predict(
+        self,
+        observation: Array,
+        state: State | None = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[Any], State | None]:
+        self.seen.append(observation[0])
+        return np.array([[self._moves[min(len(self.seen), len(self._moves)) - 1]]]), state
+
+
+def in_double(task: SmallTask, seed: int, lr: float, total_steps: int) -> TrainingLoop:
+    described, data = task.to_task(total_steps=total_steps, lr=lr)
+    loop = TrainingLoop(described, data, seed=seed)
+    loop.model.double()
+    for name, part in loop._splits.items():
+        targets = part.targets.double() if part.targets.is_floating_point() else part.targets
+        loop._splits[name] = Split(part.inputs.double(), targets)
+    loop._batches._split = loop._splits["train"]  # type: ignore[attr-defined]
+    return loop
+
+
+@pytest.mark.parametrize("family", ["mlp", "quadratic", "cnn"])
+@pytest.mark.parametrize("reports", [True, False])
+def test_observations_and_rates_are_those_of_a_controller(
+    family: str, reports: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In double precision: in single, small differences grow over hundreds of steps.
+    monkeypatch.setattr(batched, "BatchedTraining", functools.partial(BatchedTraining, dtype=torch.float64))
+    spec = default_spec()
+    options: dict[str, Any] = {
+        "horizon": (60, 90),
+        "max_cnn_horizon": 90,
+        "runs_per_task": 2,
+        "no_validation": 0.0 if reports else 1.0,
+        "some_validation": 0.0,
+    }
+    env = TrainingVectorEnv(6, (family,), **options)
+    observation, infos = env.reset(seed=7)
+    rng = np.random.default_rng(0)
+    # Up from wherever it starts, so that some runs go wrong and are rolled back.
+    moves = rng.choice([-0.5, 0.0, 0.2, 0.5, 1.0], (env.n_decisions, 6))
+    seen, rates, back = [observation], [infos["lr"]], [infos["rolled_back"]]
+    for row in moves:
+        observation, _, _, _, infos = env.step(row[:, None])
+        seen.append(observation)
+        rates.append(infos["lr"])
+        back.append(infos["rolled_back"])
+    n_compared = n_rollbacks = 0
+    batches = draw_episode(env.options, 6, spec.timing, derive_seed(7, "episode", 0, "of runs"))
+    for batch in batches:
+        for task, group, seed, lr in zip(batch.tasks, batch.groups, batch.seeds, batch.lr, strict=True):
+            if task.network.dropout:
+                continue  # drawn in another way here and there
+            place = 2 * group + [r for r, g in zip(batch.lr, batch.groups, strict=True) if g == group].index(lr)
+            loop = in_double(task, seed, lr, batch.total_steps)
+            puppet = Puppet(moves[:, place].tolist())
+            controller = Controller(
+                puppet,
+                optimizer=loop.optimizer,
+                model=loop.model,
+                total_steps=batch.total_steps,
+                spec=spec,
+                mode="use",
+            )
+            settings = []
+            while not loop.is_over():
+                loss = loop.step()
+                due = controller.is_due
+                val_loss = loop.evaluate("val")["loss"] if due and reports else None
+                controller.step(loss, val_loss)
+                if due:
+                    settings.append(controller.state.settings["lr"])
+            mine = np.array([*puppet.seen[1:], controller.last_observation])
+            theirs = np.stack([row[place] for row in seen])
+            np.testing.assert_allclose(mine, theirs, atol=1e-7, rtol=1e-7)
+            # The environment's rates are those an interval was trained at, the controller's those after a decision.
+            after = np.array([row[place] for row in rates])
+            is_cut = np.array([row[place] for row in back])
+            np.testing.assert_allclose(np.array(settings)[:-1][~is_cut[1:]], after[1:][~is_cut[1:]], rtol=1e-9)
+            n_rollbacks += controller.n_rollbacks
+            assert controller.n_rollbacks == is_cut.sum()
+            n_compared += 1
+    assert n_compared >= 2
+    assert n_rollbacks >= 1
