@@ -238,6 +238,6 @@ def _conclude(recipe: Recipe, out: Path, plan: Mapping[str, Any], display: Displ
     chosen = choose(recipe, out)
     provenance = make_provenance(recipe, out, plan, chosen)
     path = report.write(recipe, out, provenance)
-    agent = load_candidate(out, list(chosen.brains))
+    agent = load_candidate(recipe, out, chosen.brains)
     brain = Brain(agent, make_spec(recipe), provenance).save(out / "brain")
     return Learned(out, brain, path, chosen.name, chosen.why)

@@ -6,20 +6,30 @@ Called by `learn` and by its workers. Here names that are not known are refused,
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab import registry
+from trimtab.agents.base import Agent
 from trimtab.agents.policy import PolicyAgent
-from trimtab.envs.batched import TrainingVectorEnv
 from trimtab.envs.episodes import EpisodeOptions
 from trimtab.errors import InputError, unknown_name
 from trimtab.learning.learners import Learner, make_learner
 from trimtab.learning.recipe import Recipe
+from trimtab.learning.watching import WatchedEnv
 from trimtab.seeding import derive_seed
 from trimtab.spec import ControlSpec, make_agent
 from trimtab.tasks.families import FAMILIES
 
-__all__ = ["check_recipe", "learner_seed", "make_envs", "make_spec", "new_learner", "validation_options"]
+__all__ = [
+    "bounded_agent",
+    "check_recipe",
+    "learner_seed",
+    "make_envs",
+    "make_spec",
+    "new_learner",
+    "validation_options",
+]
 
 
 def make_spec(recipe: Recipe) -> ControlSpec:
@@ -62,9 +72,9 @@ def learner_seed(root_seed: int, index: int) -> int:
     return derive_seed(root_seed, "learner", index, "of recipe")
 
 
-def make_envs(recipe: Recipe, spec: ControlSpec) -> TrainingVectorEnv:
+def make_envs(recipe: Recipe, spec: ControlSpec) -> WatchedEnv:
     """The environment that a learner of the recipe acts in."""
-    return TrainingVectorEnv(recipe.num_envs, spec=spec, **recipe.tasks.model_dump())
+    return WatchedEnv(recipe.num_envs, spec=spec, **recipe.tasks.model_dump())
 
 
 def validation_options(recipe: Recipe) -> EpisodeOptions:
@@ -108,7 +118,27 @@ def check_recipe(recipe: Recipe) -> None:
                 f"options.group_size is {agent.group_size}, tasks.runs_per_task {recipe.tasks.runs_per_task}; they are "
                 "the same runs, leave group_size out"
             )
-    _check_choice(recipe, can_join=isinstance(learner.agent(), PolicyAgent))
+    is_policy = isinstance(learner.agent(), PolicyAgent)
+    if recipe.keep_ranges and not is_policy:
+        raise InputError(f"keep_ranges: agents of {recipe.learner!r} cannot hand over to a rule; leave it out")
+    if recipe.keep_ranges:
+        bounded_agent(learner.agent(), dict.fromkeys(spec.signals, (0.0, 0.0)))
+    _check_choice(recipe, can_join=is_policy)
+
+
+def bounded_agent(agent: Agent, ranges: Mapping[str, Sequence[float]]) -> Agent:
+    """The same policy, which lets the rule `uwhg` decide where a signal lies outside its range.
+
+    Args:
+        agent: A policy that moves one knob.
+        ranges: Signal -> [lowest, highest].
+
+    Raises:
+        InputError: It does not observe what the rule needs.
+    """
+    bounded = make_agent(agent.name, {**agent.options, "ranges": dict(ranges)})
+    bounded.load_state_dict(agent.state_dict())
+    return bounded
 
 
 def _check_choice(recipe: Recipe, *, can_join: bool) -> None:

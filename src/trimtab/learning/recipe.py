@@ -102,6 +102,8 @@ class Recipe(Strict):
         validate_on: See `ValidatePart`; the key is `validate`.
         choose: "best": the single agent that is best on validation tasks; "ensemble": the mean of one agent of each
             learner; "best-or-ensemble": whichever is better on validation tasks.
+        keep_ranges: Whether the brain lets the rule `uwhg` decide where a signal lies outside what its members saw
+            while they were taught; so it is judged, too. False trusts it everywhere.
     """
 
     recipe: Annotated[str, Field(pattern=rf"^{_NAME}$")]
@@ -115,6 +117,7 @@ class Recipe(Strict):
     seeds: Count = 1
     validate_on: Annotated[ValidatePart, Field(alias="validate")] = ValidatePart()
     choose: Literal["best", "ensemble", "best-or-ensemble"] = "best"
+    keep_ranges: Annotated[bool, Field(strict=True)] = False
 
     def to_json(self) -> dict[str, Any]:
         """As it would stand in a file, with every default written out."""

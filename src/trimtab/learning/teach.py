@@ -15,7 +15,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from trimtab.agents.base import Agent
 from trimtab.agents.policy import PolicyAgent
 from trimtab.brain import Brain
 from trimtab.errors import InputError
-from trimtab.learning.parts import learner_seed, make_envs, make_spec, new_learner, validation_options
+from trimtab.learning.parts import bounded_agent, learner_seed, make_envs, make_spec, new_learner, validation_options
 from trimtab.learning.recipe import Recipe
 from trimtab.learning.validation import Episodes, overall, plan_episodes, play_rival, validate
+from trimtab.learning.watching import joined_ranges
 from trimtab.seeding import derive_seed
 from trimtab.storage import append_lines, atomic_write, load_state, read_json, read_lines, save_state, write_json
 
@@ -102,7 +103,7 @@ def _validate(recipe: Recipe, agent: Agent, root_seed: int, tasks: str, folder: 
     return {"criterion": overall(table, recipe.choosing_families), "families": table}
 
 
-def judge(recipe: Recipe, root_seed: int, name: str, brains: list[str], folder: Path) -> dict[str, Any]:
+def judge(recipe: Recipe, root_seed: int, name: str, brains: Sequence[str], folder: Path) -> dict[str, Any]:
     """Validate an agent, or several joined, on the tasks by which the choice is made.
 
     Args:
@@ -117,18 +118,21 @@ def judge(recipe: Recipe, root_seed: int, name: str, brains: list[str], folder: 
         kept: dict[str, Any] = read_json(path)
         return kept
     begun_s = time.process_time()
-    agent = load_candidate(folder, brains)
+    agent = load_candidate(recipe, folder, brains)
     found = {"name": name, "brains": brains, **_validate(recipe, agent, root_seed, CHOOSING, folder)}
     found["cpu_s"] = time.process_time() - begun_s
     write_json(path, found)
     return found
 
 
-def load_candidate(folder: Path, brains: list[str]) -> Agent:
-    """The agent of a brain, or of several joined."""
-    agents = [Brain.load(folder / brain).agent for brain in brains]
-    policies = [agent for agent in agents if isinstance(agent, PolicyAgent)]
-    return agents[0] if len(agents) == 1 else PolicyAgent.join(policies)
+def load_candidate(recipe: Recipe, folder: Path, brains: Sequence[str]) -> Agent:
+    """The agent of a learner's brain, or of several joined, with the ranges that the recipe may ask it to keep to."""
+    loaded = [Brain.load(folder / brain) for brain in brains]
+    policies = [brain.agent for brain in loaded if isinstance(brain.agent, PolicyAgent)]
+    agent = loaded[0].agent if len(loaded) == 1 else PolicyAgent.join(policies)
+    if not recipe.keep_ranges:
+        return agent
+    return bounded_agent(agent, joined_ranges([brain.provenance["ranges"] for brain in loaded]))
 
 
 def teach(recipe: Recipe, root_seed: int, index: int, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -161,6 +165,7 @@ class _Lesson:
         self._curve = self._seat / "curve.jsonl"
         self._state = self._seat / "checkpoint" / "state.safetensors"
         self._learner = new_learner(recipe, learner_seed(root_seed, index))
+        self._envs = make_envs(recipe, self._learner.spec)
         # The best validation so far, with the agent's state, and the last one; what iterations and validations cost.
         self._best: dict[str, Any] | None = None
         self._last: dict[str, Any] | None = None
@@ -178,23 +183,23 @@ class _Lesson:
             self._seat.mkdir(parents=True)
             return
         self._learner.load_state_dict(saved["learner"])
+        self._envs.load_ranges(saved["ranges"])
         self._best, self._last, self._cost = saved["best"], saved["last"], saved["cost"]
         atomic_write(self._curve, "".join(json.dumps(row) + "\n" for row in rows[: saved["lines"]]))
 
     def _checkpoint(self) -> None:
-        known = {"best": self._best, "last": self._last, "cost": self._cost}
+        known = {"best": self._best, "last": self._last, "cost": self._cost, "ranges": self._envs.ranges()}
         lines = len(read_lines(self._curve))
         save_state(self._state, {"lines": lines, "learner": self._learner.state_dict(), **known})
 
     def go_on(self, progress: Progress) -> None:
         """Iterate to the end, with validations and checkpoints on the way."""
         learner, recipe = self._learner, self._recipe
-        envs = make_envs(recipe, learner.spec)
         saved_s = time.monotonic()
         if learner.iteration == 0:
             self._note([self._look()])  # what an agent does that has learned nothing yet
         while learner.iteration < recipe.iterations:
-            rows = [self._iterate(envs)]
+            rows = [self._iterate()]
             if learner.iteration % recipe.validate_on.every == 0 or learner.iteration == recipe.iterations:
                 rows.append(self._look())
             self._note(rows)
@@ -215,11 +220,11 @@ class _Lesson:
             self._cost[key] += sum(row[key] for row in rows)
         append_lines(self._curve, rows)
 
-    def _iterate(self, envs: Any) -> dict[str, Any]:
+    def _iterate(self) -> dict[str, Any]:
         """One iteration, as a line of the curve."""
         begun = _clocks()
-        numbers = self._learner.iterate(envs)
-        steps = int(envs.total_steps.sum())
+        numbers = self._learner.iterate(self._envs)
+        steps = int(self._envs.total_steps.sum())
         self._cost["optimizer_steps"] += steps
         self._cost["networks"] += self._recipe.num_envs
         self._cost["decisions"] += int(numbers["n_decisions"])
@@ -239,7 +244,8 @@ class _Lesson:
     def finish(self) -> None:
         """Write the two brains and, last of all, the result."""
         best, last = dict(self._best or {}), self._last or {}  # the last iteration is always followed by a validation
-        spec, whose = self._learner.spec, {"recipe": self._recipe.recipe, "learner": self._index}
+        spec, ranges = self._learner.spec, self._envs.ranges()
+        whose = {"recipe": self._recipe.recipe, "learner": self._index, "ranges": ranges}
         agent = self._learner.agent()
         Brain(agent, spec, {**whose, "iteration": last["iteration"]}).save(self._seat / "last")
         agent.load_state_dict(best.pop("agent"))

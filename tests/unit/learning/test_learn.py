@@ -18,6 +18,8 @@ from trimtab.learning import teach
 from trimtab.learning.curves import mean_and_interval
 from trimtab.learning.learn import learn
 from trimtab.learning.provenance import check_provenance
+from trimtab.learning.recipe import load_recipe
+from trimtab.learning.watching import WatchedEnv
 from trimtab.progress import Silent
 from trimtab.storage import read_json, read_lines
 
@@ -116,11 +118,46 @@ def test_the_choice_is_the_lowest_on_tasks_that_no_learner_was_watched_on(made):
 
 def test_the_ensemble_acts_with_the_mean_of_its_members(made):
     rows = read_json(made / "candidates" / "ensemble.json")
-    agent = teach.load_candidate(made, rows["brains"])
+    agent = teach.load_candidate(load_recipe(made.parent / "tiny.yaml"), made, rows["brains"])
     members = [Brain.load(made / folder).agent for folder in rows["brains"]]
     observation = np.linspace(-1, 1, 5 * len(agent.features.signals)).reshape(5, -1)
     mean = np.mean([member.predict(observation, deterministic=True)[0] for member in members], axis=0)
     np.testing.assert_allclose(agent.predict(observation, deterministic=True)[0], mean, atol=1e-12)
+
+
+def test_the_ranges_of_what_was_observed_are_kept_and_outside_them_the_rule_decides(tmp_path):
+    learned = learn(write(tmp_path, keep_ranges=True, choose="ensemble"), tmp_path / "out", workers=0)
+    agent = Brain.load(learned.brain).agent
+    parts = [Brain.load(tmp_path / "out" / folder).provenance["ranges"] for folder in ("seed-0/last", "seed-1/last")]
+    ranges = agent.options["ranges"]
+    for name in ("budget_log_steps", "update_to_weight"):
+        assert ranges[name] == [min(part[name][0] for part in parts), max(part[name][1] for part in parts)]
+    assert ranges["update_to_weight"][0] < ranges["update_to_weight"][1]
+    # All budgets had 50 to 60 steps or so; of them the agent knows, of a thousand times as many it does not.
+    names = agent.features.signals
+    known = np.array([[np.mean(ranges[name]) for name in names]])
+    agent.predict(known, deterministic=True)
+    assert agent.note == ""
+    unknown = known.copy()
+    unknown[0, names.index("budget_log_steps")] += 3
+    agent.predict(unknown, deterministic=True)
+    assert agent.note == "outside what was learned on (budget_log_steps): the rule uwhg decides"
+
+
+def test_ranges_go_on_from_what_was_kept():
+    envs = WatchedEnv(2, ("quadratic",), horizon=(50, 60), runs_per_task=2)
+    assert envs.ranges() == {}
+    envs.reset(seed=3)
+    envs.step(np.ones((2, 1)))
+    kept = envs.ranges()
+    assert kept["last_move"] == [0.0, pytest.approx(1.0)]
+    other = WatchedEnv(2, ("quadratic",), horizon=(50, 60), runs_per_task=2)
+    other.load_ranges(kept)
+    assert other.ranges() == kept
+    other.reset(seed=4)
+    assert other.ranges()["last_move"] == kept["last_move"]
+    with pytest.raises(InputError, match="ranges of progress; expected those of progress, budget_log_steps"):
+        other.load_ranges({"progress": [0, 1]})
 
 
 class Interrupts(Silent):

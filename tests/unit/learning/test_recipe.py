@@ -48,6 +48,10 @@ BAD = {
         {"validate": {"held_out": ["quadratic"]}},
         "validate.held_out: 'quadratic' is trained on or chosen by, so it is not held out",
     ),
+    "ranges that the rule cannot do with": (
+        {"keep_ranges": True, "spec": {"signals": ["progress"]}},
+        "ppo: the rule 'uwhg' needs the signals update_to_weight, grad_update_cosine, which are not among progress",
+    ),
     "ensemble of one": ({"choose": "ensemble", "seeds": 1}, "choose: 'ensemble' of 1 seed; take 2 seeds or more"),
 }  # fmt: skip
 
@@ -73,6 +77,8 @@ def test_agents_of_evolution_cannot_be_joined_and_its_runs_come_in_populations(t
     with pytest.raises(InputError, match="num_envs is 12; expected a multiple of evolution's population 16"):
         check_recipe(load_recipe(write(tmp_path, **changes, choose="best", num_envs=12)))
     check_recipe(load_recipe(write(tmp_path, **changes, choose="best", num_envs=16)))
+    with pytest.raises(InputError, match="keep_ranges: agents of 'evolution' cannot hand over to a rule; leave it out"):
+        check_recipe(load_recipe(write(tmp_path, **changes, choose="best", num_envs=16, keep_ranges=True)))
     changes["options"] = {"group_size": 4}
     recipe = Recipe.model_validate({**TINY, **changes, "choose": "best", "num_envs": 16})
     with pytest.raises(InputError, match=r"options.group_size is 4, tasks.runs_per_task 2; they are the same runs"):
