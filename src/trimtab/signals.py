@@ -8,7 +8,7 @@ it says log10. Sources: FINDINGS section 5 (features of the first trials).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,15 +45,12 @@ def observe(signals: Sequence[Signal], state: RunState) -> Array:
         return np.zeros((1, 0))
     raw = [signal.formula(state) for signal in signals]
     if all([isinstance(value, float) for value in raw]):
-        runs: Iterable[Sequence[float]] = [raw]  # type: ignore[list-item]
-    else:
-        # What all runs share, such as the progress, may be one number beside arrays.
-        runs = np.stack(np.broadcast_arrays(*map(np.atleast_1d, raw)), axis=1).tolist()
-    rows = [
-        [0.0 if x != x else min(max(x, signal.low), signal.high) for x, signal in zip(run, signals, strict=True)]
-        for run in runs
-    ]
-    return np.array(rows)
+        row = [0.0 if x != x else min(max(x, signal.low), signal.high) for x, signal in zip(raw, signals, strict=True)]
+        return np.array([row])
+    # What all runs share, such as the progress, may be one number beside arrays.
+    rows = np.stack(np.broadcast_arrays(*map(np.atleast_1d, raw)), axis=1).astype(np.float64)
+    low, high = np.array([signal.low for signal in signals]), np.array([signal.high for signal in signals])
+    return np.where(np.isnan(rows), 0.0, np.minimum(np.maximum(rows, low), high))
 
 
 def _log_ratio(new: Value, old: Value) -> Value:

@@ -207,9 +207,10 @@ class ControlSpec:
         Raises:
             InputError: The action has another shape, or is not finite.
         """
-        if np.shape(action) != settings.shape:
+        moves = np.asarray(action)
+        if moves.shape != settings.shape or moves.dtype.kind not in "fiu" or not np.isfinite(moves).all():
             raise InputError(f"action {action!r}; expected finite numbers of shape {settings.shape}, one column a knob")
-        return np.array([self.decode_one(action[run : run + 1], row) for run, row in enumerate(settings.tolist())])
+        return self.actions.decode_all(moves, settings)
 
     def decode_one(self, action: npt.NDArray[Any], settings: list[float]) -> list[float]:
         """The same for a single run; (1, K).

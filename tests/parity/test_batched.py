@@ -146,6 +146,26 @@ def test_the_first_of_equal_pixels_gets_the_gradient() -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_runs_of_one_seed_share_the_order_of_their_data_and_nothing_else() -> None:
+    tasks = tasks_of("mlp")
+    tasks = [tasks[0], tasks[1], tasks[0], tasks[0]]
+    seeds, rates = [3, 3, 3, 4], [1e-2, 1e-2, 1e-3, 1e-2]
+    batch = BatchedTraining(tasks, seeds, rates, dtype=torch.float64)
+    losses = torch.cat([batch.run(n).losses for n in (3, 1, 16)])  # over the ends of epochs, of intervals, and both
+    for run, loop in enumerate(loops_of(tasks, seeds, rates, torch.float64)):
+        expected = torch.stack([loop.step() for _ in range(20)])
+        torch.testing.assert_close(losses[:, run], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 9, 20, 1000])
+def test_images_are_evaluated_in_parts(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batched, "_EVAL_IMAGES", count)
+    tasks = tasks_of("cnn")
+    batch = BatchedTraining(tasks, [0] * 3, [1e-2] * 3, dtype=torch.float64)
+    for run, loop in enumerate(loops_of(tasks, [0] * 3, [1e-2] * 3, torch.float64)):
+        assert float(batch.evaluate("val")[run]) == pytest.approx(loop.evaluate("val")["loss"], abs=1e-12)
+
+
 def test_factors_multiply_the_rates_step_by_step() -> None:
     tasks = tasks_of("mlp", optimizer="adamw", weight_decay=0.1)
     batch = BatchedTraining(tasks, [0] * 4, [1e-2] * 4, dtype=torch.float64)

@@ -72,6 +72,21 @@ class Actions:
             raise InputError(f"action {action!r}; expected an index into the factors {list(self.factors)}")
         return setting * self.factors[int(action)]
 
+    def decode_all(self, actions: npt.NDArray[Any], settings: Array) -> Array:
+        """The settings that many actions ask for; of one shape, as are the results.
+
+        Raises:
+            InputError: An index outside `factors`.
+        """
+        if self.kind == "decades":
+            return np.asarray(settings * 10.0 ** np.clip(actions, self.low, self.high))
+        if self.kind == "set":
+            return np.array(actions, dtype=np.float64)
+        is_known = np.isin(actions, np.arange(len(self.factors)))
+        if not is_known.all():
+            self.decode(actions[~is_known][0].item(), 0.0)  # says what is wrong with it
+        return np.asarray(settings * np.array(self.factors)[actions.astype(np.int64)])
+
 
 @dataclass(frozen=True)
 class Timing:

@@ -139,7 +139,24 @@ class TrainingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             self._root = int(np.random.SeedSequence().generate_state(1)[0])
         episode = derive_seed(self._root, "episode", self._n_episodes, "of runs")
         self._n_episodes += 1
-        batches = draw_episode(self.options, self.num_envs, self.control_spec.timing, episode, self._also_fit)
+        timing = self.control_spec.timing
+        return self.begin(draw_episode(self.options, self.num_envs, timing, episode, self._also_fit))
+
+    def begin(self, batches: list[Batch]) -> tuple[Array, dict[str, Any]]:
+        """Begin an episode of given runs instead of drawn ones, as `reset` does: for benchmarks and for tests.
+
+        Args:
+            batches: R runs in all, with equally many decisions.
+
+        Returns:
+            The first observation (R, S), and infos.
+
+        Raises:
+            InputError: They are not R runs.
+        """
+        count = sum(len(batch.tasks) for batch in batches)
+        if count != self.num_envs:
+            raise InputError(f"begin() was given {count} runs; expected num_envs={self.num_envs}")
         self._runs = _Runs(batches, self)
         self._runs.advance()
         return self._runs.observation, self._runs.infos()
@@ -205,6 +222,8 @@ class _Runs:
         places = np.argsort(order)
         ends = np.cumsum([len(b.tasks) for b in batches])
         self._places = [places[end - len(b.tasks) : end] for b, end in zip(batches, ends, strict=True)]
+        # Batch and column of each run.
+        self._homes = {int(run): (b, i) for b, places in enumerate(self._places) for i, run in enumerate(places)}
         n_runs = len(order)
         self.state = state = _State(self._spread([np.full(len(b.tasks), b.total_steps) for b in batches]))
         state.groups = self._spread([np.array(b.groups) for b in batches])
@@ -213,6 +232,7 @@ class _Runs:
         main = [np.full(len(b.tasks), float(self._timing.main_interval(b.total_steps))) for b in batches]
         state.main_interval = self._spread(main)
         self._guards = [Guard(env._safety.cut, env._safety.max_rollbacks) for _ in range(n_runs)]
+        self._suspects: set[int] = set()  # runs that a guard was asked about at the last decision
         self._is_lost = np.zeros(n_runs, dtype=np.bool_)  # given up: the rate is 0 from then on
         self._is_fresh = np.ones(n_runs, dtype=np.bool_)  # the coming interval begins on good weights
         self._is_cut = np.zeros(n_runs, dtype=np.bool_)
@@ -273,7 +293,7 @@ class _Runs:
         """Train to the next decision, look, and roll back what went wrong."""
         state, timing = self.state, self._timing
         before = state.summary
-        snapshots, intervals, finite, firsts, noise = [], [], [], [], []
+        snapshots, intervals, finite, firsts, late = [], [], [], [], []
         for batch, training in zip(self._batches, self._trainings, strict=True):
             start, total = training.steps_done, batch.total_steps
             end = timing.next_decision(self._index, start, total, None)
@@ -284,7 +304,7 @@ class _Runs:
             finite.append(training.are_finite().cpu().numpy())
             losses = stats.losses.double().cpu().numpy()
             firsts.append(losses[0])
-            noise.append(list(losses[max(1, len(losses) // 2) :].T))
+            late.append(losses[max(1, len(losses) // 2) :])
             self.is_over = end >= total
         columns = [self._spread(list(parts)) for parts in zip(*intervals, strict=True)]
         interval = Interval(*columns)
@@ -295,10 +315,6 @@ class _Runs:
         )
         state.record(interval)
         self._note_first_losses(self._spread(firsts))
-        late: list[Array] = [np.empty(0)] * len(is_told)
-        for places, rows in zip(self._places, noise, strict=True):
-            for place, row in zip(places, rows, strict=True):
-                late[place] = row
         self._is_cut = bad = self._judge(self._spread(finite), late)
         state.note_rollback(bad, self._settings[:, self._rate].copy())
         if self.is_over:
@@ -323,15 +339,21 @@ class _Runs:
         self._is_fresh &= ~take
 
     def _judge(self, finite: npt.NDArray[np.bool_], late: list[Array]) -> npt.NDArray[np.bool_]:
-        """Which runs are to be rolled back, by the guard of use; it is asked only where it might say so."""
+        """Which runs are to be rolled back, by the guard of use; it is asked only where it might say so.
+
+        Args:
+            finite: Whether all weights of a run are; (R,).
+            late: Of each batch the train losses of the interval's second half; (n, its runs).
+        """
         bad = np.zeros(len(finite), dtype=np.bool_)
-        suspects = _might_be_bad(self.state, finite) & ~self._is_lost
-        for run, guard in enumerate(self._guards):
-            if not suspects[run]:
-                guard.in_a_row = 0
-                continue
-            verdict = guard.judge(
-                _single(self.state, run), weights_are_finite=bool(finite[run]), losses=late[run].tolist()
+        suspects = set(np.flatnonzero(_might_be_bad(self.state, finite) & ~self._is_lost).tolist())
+        for run in self._suspects - suspects:
+            self._guards[run].in_a_row = 0  # a good interval
+        self._suspects = suspects
+        for run in sorted(suspects):
+            batch, column = self._homes[run]
+            verdict = self._guards[run].judge(
+                _single(self.state, run), weights_are_finite=bool(finite[run]), losses=late[batch][:, column].tolist()
             )
             bad[run] = verdict.kind != "ok"
             self._is_lost[run] = verdict.kind == "give_up"

@@ -20,10 +20,10 @@ from trimtab.seeding import derive_seed, numpy_generator
 from trimtab.tasks.families import BATCH_SIZES, FAMILIES, draw_task
 from trimtab.tasks.small import SmallTask
 
-__all__ = ["Batch", "EpisodeOptions", "count_decisions", "draw_episode", "fitting_horizon"]
+__all__ = ["MAX_RUNS", "Batch", "EpisodeOptions", "count_decisions", "draw_episode", "fitting_horizon"]
 
 # Runs that are trained as one batch: beyond it activations leave the caches.
-_MAX_RUNS = {"mlp": 128, "quadratic": 128, "cnn": 64}
+MAX_RUNS = {"mlp": 128, "quadratic": 128, "cnn": 64}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def draw_episode(
     batches: list[Batch] = []
     for family in sorted(set(families)):
         groups = [index for index, name in enumerate(families) if name == family]
-        per_batch = max(1, _MAX_RUNS[family] // options.runs_per_task)
+        per_batch = max(1, MAX_RUNS[family] // options.runs_per_task)
         for start in range(0, len(groups), per_batch):
             part = groups[start : start + per_batch]
             batches += _draw_batches(options, family, part, n_runs, (timing, *also_fit), rng, seed)

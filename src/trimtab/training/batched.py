@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,13 +23,14 @@ from torch import Tensor
 from trimtab.errors import InputError, unknown_name
 from trimtab.seeding import derive_seed, torch_generator
 from trimtab.tasks.base import Split
-from trimtab.tasks.small import SmallTask
+from trimtab.tasks.small import Network, SmallTask
 from trimtab.training.batched_optimizer import BatchedOptimizer
-from trimtab.training.stacked import segments, stack
+from trimtab.training.stacked import segments, split_rows, stack
 
 __all__ = ["BatchedTraining", "IntervalStats"]
 
 _SPLITS = ("train", "val", "score", "test")
+_EVAL_IMAGES = 1024  # of all runs at once on a CPU: with more, what convolutions keep leaves its caches
 MEASURE_EVERY = 10  # steps between two measurements within an interval: those of `trimtab.gradients`
 
 
@@ -122,7 +125,7 @@ class BatchedTraining:
             is_class = torch.tensor([task.kind == "classification" for task in tasks]).unsqueeze(1)
             self._no_class = torch.zeros(beyond.shape, dtype=dtype).masked_fill(beyond & is_class, -math.inf)
             self._no_class = self._no_class.unsqueeze(2).to(self._device)
-        self._drop = _Dropout([task.network.dropout for task in tasks], seeds, dtype, self._device)
+        self._drop = _Dropout([task.network for task in tasks], seeds, dtype, self._device)
         self.steps_done = 0
 
     # ---- training -----------------------------------------------------------------------------------------------
@@ -141,8 +144,9 @@ class BatchedTraining:
             raise InputError(f"run({n_steps}) with factors {factors}; expected 1 step or more, and a factor for each")
         losses, norms, ratios = [], [], []
         before: Tensor | None = None
-        for left in range(n_steps, 0, -1):
-            losses.append(self._backward())
+        self.optimizer.plan([1.0] * n_steps if factors is None else factors)
+        for left, rows in zip(range(n_steps, 0, -1), self._orders.next(n_steps), strict=True):
+            losses.append(self._backward(rows))
             if before is not None:
                 row, layers = self._measure(before)
                 norms.append(row)
@@ -150,7 +154,7 @@ class BatchedTraining:
                 before = None
             if left % MEASURE_EVERY == 2:
                 before = self.parameters.clone()
-            self.optimizer.step(self._gradient, 1.0 if factors is None else factors[n_steps - left])
+            self.optimizer.step(self._gradient)
             self.steps_done += 1
         shape = (0, 4, self.n_runs), (0, len(self._network.layers), self.n_runs)
         return IntervalStats(
@@ -159,9 +163,9 @@ class BatchedTraining:
             torch.stack(ratios) if ratios else self.parameters.new_zeros(shape[1]),
         )
 
-    def _backward(self) -> Tensor:
-        """Losses (R,) of the next batches; their gradients go to `_gradient`."""
-        inputs, targets = self._data["train"].take(self._orders.next())
+    def _backward(self, rows: Tensor) -> Tensor:
+        """Losses (R,) of the batches of these rows (R, B); their gradients go to `_gradient`."""
+        inputs, targets = self._data["train"].take(rows)
         self._drop.steps_done = self.steps_done
         outputs = self._network.forward(self._views, inputs, self._drop if self._drop.is_needed else _keep)
         losses = self._losses(outputs, targets).mean(1)
@@ -174,11 +178,13 @@ class BatchedTraining:
         if self._no_class is not None:
             outputs = outputs + self._no_class
         parts = []
-        for kind, where in self._kinds:
+        for (kind, _), given, wanted in zip(
+            self._kinds, split_rows(outputs, self._kinds), split_rows(targets, self._kinds), strict=True
+        ):
             if kind == "classification":
-                parts.append(F.cross_entropy(outputs[where], targets[where].long(), reduction="none"))
+                parts.append(F.cross_entropy(given, wanted.long(), reduction="none"))
             else:
-                parts.append((outputs[where, 0] - targets[where]) ** 2)
+                parts.append((given[:, 0] - wanted) ** 2)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _measure(self, before: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,9 +216,8 @@ class BatchedTraining:
         if split not in _SPLITS:
             raise unknown_name("split", split, _SPLITS)
         data = self._data[split]
-        inputs, targets = data.whole()
-        losses = self._losses(self._network.forward(self._views, inputs, _keep), targets)
-        return data.mean(losses)
+        losses = [self._losses(self._network.forward(self._views, x, _keep), y) for x, y in data.whole()]
+        return data.mean(torch.cat(losses, 1))
 
     def are_finite(self) -> Tensor:
         """Whether every weight of a run is finite; (R,), bool."""
@@ -250,23 +255,37 @@ class _Dropout:
     """Dropout of the runs that have it, by each one's own probability; equal seeds share their masks' numbers."""
 
     def __init__(
-        self, probabilities: Sequence[float], seeds: Sequence[int], dtype: torch.dtype, device: torch.device
+        self, networks: Sequence[Network], seeds: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        runs = [run for run, probability in enumerate(probabilities) if probability > 0]
-        self.is_needed = bool(runs)
+        self.is_needed = any(network.dropout > 0 for network in networks)
         self.steps_done = 0
-        self._runs = torch.tensor(runs, device=device)
-        keep = torch.tensor([1 - probabilities[run] for run in runs], dtype=dtype, device=device)
-        self._keep = keep.view(-1, 1, 1)
+        depth = max(len(network.hidden) for network in networks)
+        self._parts = [self._of_layer(layer, networks, seeds, dtype, device) for layer in range(depth)]
+        self._masks: dict[int, Tensor] = {}
+
+    @staticmethod
+    def _of_layer(
+        layer: int, networks: Sequence[Network], seeds: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """The runs with dropout in a layer, what each keeps, the distinct seeds, and which is whose."""
+        runs = [run for run, network in enumerate(networks) if network.dropout > 0 and len(network.hidden) > layer]
+        keep = torch.tensor([1 - networks[run].dropout for run in runs], dtype=dtype, device=device)
         distinct = sorted({seeds[run] for run in runs})
-        self._seeds = torch.tensor([derive_seed(seed, "dropout") for seed in distinct], device=device)
-        self._seed_of = torch.tensor([distinct.index(seeds[run]) for run in runs], device=device)
+        numbers = torch.tensor([derive_seed(seed, "dropout") for seed in distinct], device=device)
+        seed_of = torch.tensor([distinct.index(seeds[run]) for run in runs], device=device)
+        return torch.tensor(runs, device=device), keep.view(-1, 1, 1), numbers, seed_of
 
     def __call__(self, layer: int, x: Tensor) -> Tensor:
         """Activations (R, units, B) of a layer, after dropout."""
-        uniform = hashed_uniform(self._seeds, self.steps_done * 16 + layer, x.shape[1:])
-        mask = (uniform[self._seed_of] < self._keep) / self._keep
-        return x.index_copy(0, self._runs, x.index_select(0, self._runs) * mask)
+        runs, keep, seeds, seed_of = self._parts[layer]
+        if not len(runs):
+            return x
+        mask = self._masks.get(layer)  # of all runs, 1 for those without: written anew at every step
+        if mask is None or mask.shape != x.shape:
+            mask = self._masks[layer] = torch.ones_like(x, requires_grad=False)
+        uniform = hashed_uniform(seeds, self.steps_done * 16 + layer, x.shape[1:])
+        mask.index_copy_(0, runs, (uniform[seed_of] < keep) / keep)
+        return x * mask
 
 
 class _Padded:
@@ -291,7 +310,7 @@ class _Padded:
         inside = torch.arange(self._n, device=device) < counts
         self._weights = inside.to(dtype) / counts
         self._all = torch.where(inside, torch.arange(self._n, device=device), 0)
-        self._whole: tuple[Tensor, Tensor] | None = None
+        self._whole: list[tuple[Tensor, Tensor]] | None = None
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (R, B) of each run's split: inputs with the batch last, and targets (R, B)."""
@@ -301,10 +320,12 @@ class _Padded:
             inputs = inputs.contiguous().view(len(rows), *self._shape[-2:], rows.shape[1])
         return inputs, self._targets.index_select(0, places).view(rows.shape)
 
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """Every row of each run's split, the same at every call; kept, for it is read at every decision."""
+    def whole(self) -> list[tuple[Tensor, Tensor]]:
+        """Every row of each run's split, in parts; the same at every call and kept, for decision after decision."""
         if self._whole is None:
-            self._whole = self.take(self._all)
+            is_image, is_cpu = len(self._shape) > 1, self._all.device.type == "cpu"
+            count = max(1, _EVAL_IMAGES // len(self._all)) if is_image and is_cpu else self._n
+            self._whole = [self.take(part) for part in torch.split(self._all, count, 1)]
         return self._whole
 
     def mean(self, values: Tensor) -> Tensor:
@@ -313,29 +334,37 @@ class _Padded:
 
 
 class _Orders:
-    """Which rows come next in each run: `EpochBatches` for R runs."""
+    """Which rows come next in each run: `EpochBatches` for R runs; those of one seed and count share one order."""
 
     def __init__(self, counts: Sequence[int], seeds: Sequence[int], batch_size: int, device: torch.device) -> None:
         if min(counts) < batch_size:
             raise InputError(f"batch_size {batch_size} is more than the {min(counts)} train samples; make it smaller")
-        self._counts = list(counts)
-        self._generators = [torch_generator(seed, "data order") for seed in seeds]
         self._batch_size = batch_size
         self._device = device
-        self._orders = torch.zeros(len(counts), max(counts), dtype=torch.int64)
-        self._limits = torch.tensor([count - batch_size for count in counts])
-        self._positions = torch.tensor(counts)  # the first orders are drawn with the first batch
-        self._steps = torch.arange(batch_size)
+        keys = list(zip(seeds, counts, strict=True))
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        self._order_of = torch.tensor([numbers[key] for key in keys], device=device)
+        self._counts = [count for _, count in numbers]
+        self._generators = [torch_generator(seed, "data order") for seed, _ in numbers]
+        # Batches that are left of each order's epoch; NumPy's slices cost a tenth of torch's.
+        self._left = [np.zeros((0, batch_size), np.int64) for _ in numbers]
 
-    def next(self) -> Tensor:
-        """Rows of the next batches; (R, B)."""
-        for run in (self._positions > self._limits).nonzero().flatten().tolist():
-            count = self._counts[run]
-            self._orders[run, :count] = torch.randperm(count, generator=self._generators[run])
-            self._positions[run] = 0
-        rows = self._orders.gather(1, self._positions.unsqueeze(1) + self._steps)
-        self._positions += self._batch_size
-        return rows.to(self._device, non_blocking=True)
+    def next(self, n_steps: int) -> Tensor:
+        """Rows of the next batches; (n, R, B)."""
+        rows = np.stack([self._take(number, n_steps) for number in range(len(self._counts))], 1)
+        return torch.from_numpy(rows).to(self._device).index_select(1, self._order_of)
+
+    def _take(self, number: int, n_steps: int) -> npt.NDArray[np.int64]:
+        """Batches of one order; (n, B)."""
+        count, size = self._counts[number], self._batch_size
+        parts, missing = [self._left[number]], n_steps - len(self._left[number])
+        while missing > 0:
+            order = torch.randperm(count, generator=self._generators[number]).numpy()
+            parts.append(order[: count // size * size].reshape(-1, size))
+            missing -= len(parts[-1])
+        batches = np.concatenate(parts)
+        self._left[number] = batches[n_steps:]
+        return batches[:n_steps]
 
 
 def hashed_uniform(seeds: Tensor, count: int, shape: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """BatchedOptimizer: SGD with momentum, Adam and AdamW for R runs at once, each with its own settings.
 
-Called by `trimtab.training.batched`. The formulas are those of `torch.optim` with its default options, in the same
-order of operations; a run's rate and decay may change at every step.
+Called by `trimtab.training.batched`. The formulas are those of `torch.optim` with its default options; a run's rate and
+decay may change between plans, and its rate, by a factor that all share, at every step.
 """
 
 from __future__ import annotations
@@ -43,59 +43,78 @@ class BatchedOptimizer:
         decays: Tensor,
         parameters: Tensor,
     ) -> None:
-        def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=parameters.dtype, device=parameters.device).unsqueeze(1)
+        def column(values: Sequence[float], dtype: torch.dtype = parameters.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=parameters.device).unsqueeze(1)
 
         self._parameters = parameters
         self._segments = segments(names)
         self._momentum = column(momentum)
-        self._beta1, self._beta2 = column([b for b, _ in betas]), column([b for _, b in betas])
+        self._beta1, self._beta2 = (column([pair[i] for pair in betas], torch.float64) for i in (0, 1))
+        self._rest1, self._rest2 = (column([1 - pair[i] for pair in betas]) for i in (0, 1))
+        self._keep2 = self._beta2.to(parameters)
         self._decays = decays.to(parameters)
         self._has_decay = False
         self.lr = torch.zeros_like(self._momentum)
-        self._rates = self.lr
         self.weight_decay = torch.zeros_like(self._momentum)
         self.moments = parameters.new_zeros((2, *parameters.shape))
         self.steps = torch.zeros_like(self._momentum)
+        self._planned: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def look_at_decay(self) -> None:
         """Say after a change of `weight_decay`: runs that decay nothing are spared the arithmetic."""
         self._has_decay = bool((self.weight_decay != 0).any())
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, factor: float = 1.0) -> None:
-        """One update of every run.
+    def plan(self, factors: Sequence[float]) -> None:
+        """Work out what depends on rates and counts alone, for so many steps at once: small operations are dear.
+
+        Args:
+            factors: What every run's rate is multiplied with in each step: the schedule under a controller.
+        """
+        places = torch.arange(1, len(factors) + 1, dtype=torch.float64, device=self.lr.device)
+        counts = self.steps + places.view(-1, 1, 1)  # (n, R, 1)
+        rates = self.lr * places.new_tensor(factors).view(-1, 1, 1)
+        root = (1 - self._beta2**counts).sqrt()
+        # m / (1 - beta1^t) / (sqrt(v) / root + eps): root is taken out of the division of large tensors.
+        scales = rates * root / (1 - self._beta1**counts)
+        like = self._parameters.dtype
+        self._planned = list(zip(rates.to(like), scales.to(like), (_EPS * root).to(like), strict=True))[::-1]
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> None:
+        """One update of every run, the next of those planned.
 
         Args:
             gradient: (R, P).
-            factor: What every run's rate is multiplied with in this step: the schedule under a controller.
         """
         self.steps += 1
-        self._rates = self.lr * factor
+        rates, scales, eps = self._planned.pop()
         for name, where in self._segments:
             if name == "sgd":
-                self._sgd(gradient[where], where)
-            else:
-                self._adam(gradient[where], where, is_decoupled=name == "adamw")
+                self._sgd(gradient[where], where, rates[where])
+                continue
+            part = gradient[where]
+            if self._has_decay:
+                part = self._decay(part, where, rates[where], is_decoupled=name == "adamw")
+            self._adam(part, where, scales[where], eps[where])
 
-    def _sgd(self, gradient: Tensor, where: slice) -> None:
+    def _sgd(self, gradient: Tensor, where: slice, rates: Tensor) -> None:
         parameters, buffer = self._parameters[where], self.moments[0, where]
         if self._has_decay:
             gradient = gradient + self.weight_decay[where] * parameters
         buffer.mul_(self._momentum[where]).add_(gradient)
-        parameters.addcmul_(self._rates[where], buffer, value=-1)
+        parameters.addcmul_(rates, buffer, value=-1)
 
-    def _adam(self, gradient: Tensor, where: slice, *, is_decoupled: bool) -> None:
-        parameters, lr, steps = self._parameters[where], self._rates[where], self.steps[where]
-        if self._has_decay:
-            decay = self.weight_decay[where]
-            if is_decoupled:
-                parameters.mul_(1 - lr * decay * self._decays)
-            else:
-                gradient = gradient + decay * parameters
-        beta1, beta2 = self._beta1[where], self._beta2[where]
+    def _decay(self, gradient: Tensor, where: slice, rates: Tensor, *, is_decoupled: bool) -> Tensor:
+        """Decay the weights themselves, or add to the gradient; the gradient to go on with."""
+        parameters, decay = self._parameters[where], self.weight_decay[where]
+        if not is_decoupled:
+            return gradient + decay * parameters
+        parameters.mul_(1 - rates * decay * self._decays)
+        return gradient
+
+    def _adam(self, gradient: Tensor, where: slice, scales: Tensor, eps: Tensor) -> None:
         mean, square = self.moments[0, where], self.moments[1, where]
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient * (1 - beta2), gradient)
-        denominator = square.sqrt().div_((1 - beta2**steps).sqrt()).add_(_EPS)
-        parameters.sub_(mean.mul(lr / (1 - beta1**steps)).div_(denominator))
+        mean.lerp_(gradient, self._rest1[where])
+        square.mul_(self._keep2[where]).addcmul_(gradient * self._rest2[where], gradient)
+        self._parameters[where].addcdiv_(mean * scales, square.sqrt().add_(eps), value=-1)

@@ -22,7 +22,7 @@ from trimtab.errors import InputError
 from trimtab.seeding import torch_generator
 from trimtab.tasks.small import Network
 
-__all__ = ["StackedCNN", "StackedMLP", "segments", "stack"]
+__all__ = ["StackedCNN", "StackedMLP", "segments", "split_rows", "stack"]
 
 _Key = TypeVar("_Key", bound=Hashable)
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu}
@@ -37,6 +37,12 @@ def segments(keys: Sequence[_Key]) -> list[tuple[_Key, slice]]:
         out.append((key, slice(start, end)))
         start = end
     return out
+
+
+def split_rows(x: Tensor, stretches: Sequence[tuple[Any, slice]]) -> Sequence[Tensor]:
+    """The rows of each stretch; to differentiate slices one by one would fill a tensor of the whole for each."""
+    parts: Sequence[Tensor] = torch.split(x, [where.stop - where.start for _, where in stretches])
+    return parts
 
 
 @dataclass(frozen=True)
@@ -125,9 +131,14 @@ class _Stacked:
         return flat.to(self._device, dtype)
 
     def _activate(self, x: Tensor) -> Tensor:
+        return self._by_activation(x, lambda name, part: _ACTIVATIONS[name](part))
+
+    def _by_activation(self, x: Tensor, function: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """A function of (activation's name, the runs that have it), run by run in their order."""
         if len(self._activations) == 1:
-            return _ACTIVATIONS[self._activations[0][0]](x)
-        return torch.cat([_ACTIVATIONS[name](x[where]) for name, where in self._activations])
+            return function(self._activations[0][0], x)
+        parts = split_rows(x, self._activations)
+        return torch.cat([function(name, part) for (name, _), part in zip(self._activations, parts, strict=True)])
 
 
 class StackedMLP(_Stacked):
@@ -162,13 +173,14 @@ class StackedMLP(_Stacked):
             layers.append(_Layer(start, n_in, max(n_outputs) if is_last else width, 1, used))
             start = layers[-1].end
         super().__init__(layers, networks, device)
-        # A run without the layer hands on what it has: all hidden layers are padded to one width.
-        self._has_layer = [
-            None
-            if all(out for _, out in layer.used)
-            else torch.tensor([out > 0 for _, out in layer.used], device=device).view(-1, 1, 1)
-            for layer in layers
-        ]
+        # Of each hidden layer the stretches of runs with one activation, None for those without this layer.
+        self._stretches = [
+            segments([
+                network.activation if n_out else None
+                for network, (_, n_out) in zip(networks, layer.used, strict=True)
+            ])
+            for layer in layers[:-1]
+        ]  # fmt: skip
 
     def forward(self, parameters: Sequence[Tensor], inputs: Tensor, noise: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Outputs (R, C, B).
@@ -180,10 +192,25 @@ class StackedMLP(_Stacked):
         """
         x = inputs
         for index in range(len(self.layers) - 1):
-            new = noise(index, self._activate(torch.baddbmm(parameters[2 * index + 1], parameters[2 * index], x)))
-            mask = self._has_layer[index]
-            x = new if mask is None else torch.where(mask, new, x)
+            x = noise(index, self._hidden(index, parameters[2 * index], parameters[2 * index + 1], x))
         return torch.baddbmm(parameters[-1], parameters[-2], x)
+
+    def _hidden(self, index: int, weights: Tensor, biases: Tensor, x: Tensor) -> Tensor:
+        """A hidden layer; a run that has it not hands on what it has, for all are padded to one width."""
+        stretches = self._stretches[index]
+        if all([name is not None for name, _ in stretches]):
+            return self._activate(torch.baddbmm(biases, weights, x))
+        parts = [
+            part if name is None else _ACTIVATIONS[name](torch.baddbmm(b, w, part))
+            for (name, _), w, b, part in zip(
+                stretches,
+                split_rows(weights, stretches),
+                split_rows(biases, stretches),
+                split_rows(x, stretches),
+                strict=True,
+            )
+        ]
+        return torch.cat(parts)
 
 
 def _used(hidden: Sequence[int], n_in: int, n_out: int, index: int, *, is_last: bool) -> tuple[int, int]:
@@ -235,9 +262,7 @@ class StackedCNN(_Stacked):
         for index in range(len(self.layers) - 1):
             weights, biases = parameters[2 * index], parameters[2 * index + 1]
             x = _Convolution.apply(x, weights, biases)  # type: ignore[no-untyped-call]
-            even = x.shape[2] // 2 * 2
-            x = self._activate(x[:, :, :even, :even])  # the odd row and column count for nothing
-            x = _Maximum.apply(x)  # type: ignore[no-untyped-call]
+            x = self._by_activation(x, _activate_and_pool)
         x = noise(len(self.layers) - 2, x.flatten(1, 3))
         return torch.baddbmm(parameters[-1], parameters[-2], x)
 
@@ -252,11 +277,9 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
         R, c, H, W, B = x.shape
         padded = F.pad(x, (0, 0, 1, 1, 1, 1))
-        columns = x.new_empty(R, c, _KERNEL, H, W, B)
-        for k in range(_KERNEL):
-            i, j = divmod(k, 3)
-            columns[:, :, k] = padded[:, :, i : i + H, j : j + W]
-        columns = columns.view(R, c * _KERNEL, H * W * B)
+        run, channel, row, column, _ = padded.stride()
+        shifted = padded.as_strided((R, c, 3, 3, H, W, B), (run, channel, row, column, row, column, 1))
+        columns = shifted.reshape(R, c * _KERNEL, H * W * B)
         ctx.save_for_backward(columns, weights)
         ctx.shape = x.shape
         return torch.baddbmm(biases, weights, columns).view(R, -1, H, W, B)
@@ -277,33 +300,24 @@ class _Convolution(torch.autograd.Function):
         return grad_x, torch.bmm(grad, columns.transpose(1, 2)), grad.sum(2, keepdim=True)
 
 
-class _Maximum(torch.autograd.Function):
-    """Maximum over squares of 2 x 2: (R, c, H, W, B) -> (R, c, H/2, W/2, B); H and W are even.
+def _maximum(x: Tensor) -> Tensor:
+    """Maximum over squares of 2 x 2: (R, c, H, W, B) -> (R, c, H // 2, W // 2, B); an odd row or column is left out.
 
-    Among equals the first one, row by row, gets the gradient, as in torch: images with flat regions have many.
+    The batch lies where torch's kernel for "channels last" has its channels.
     """
+    R, c, H, W, B = x.shape
+    pooled = F.max_pool2d(x.reshape(R * c, H, W, B).permute(0, 3, 1, 2), 2)
+    return pooled.permute(0, 2, 3, 1).reshape(R, c, H // 2, W // 2, B)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        R, c, H, W, B = x.shape
-        squares = x.reshape(R, c, H // 2, 2, W // 2, 2, B)
-        upper = torch.maximum(squares[:, :, :, 0, :, 0], squares[:, :, :, 0, :, 1])
-        highest = torch.maximum(upper, torch.maximum(squares[:, :, :, 1, :, 0], squares[:, :, :, 1, :, 1]))
-        ctx.save_for_backward(squares, highest)
-        ctx.shape = x.shape
-        return highest
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        squares, highest = ctx.saved_tensors
-        out = torch.empty_like(squares)
-        left = grad
-        for i, j in ((0, 0), (0, 1), (1, 0)):
-            is_highest = squares[:, :, :, i, :, j] == highest
-            out[:, :, :, i, :, j] = left * is_highest
-            left = left * ~is_highest
-        out[:, :, :, 1, :, 1] = left
-        return out.view(ctx.shape)
+def _activate_and_pool(name: str, x: Tensor) -> Tensor:
+    """Activation, then maximum over squares of 2 x 2; in the cheaper order where the activation never falls.
+
+    The gradient is the same too, but at the ends of tanh, where unequal numbers become equal ones and its slope is 0.
+    """
+    if name == "gelu":
+        return _maximum(F.gelu(x))
+    return _ACTIVATIONS[name](_maximum(x))
 
 
 def stack(

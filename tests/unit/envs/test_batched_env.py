@@ -200,6 +200,8 @@ def test_bad_calls_are_refused() -> None:
             env.reset(seed=seed)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="this environment has none"):
         env.reset(options={"a": 1})
+    with pytest.raises(InputError, match=r"begin\(\) was given 16 runs; expected num_envs=8"):
+        env.begin(draw_episode(EpisodeOptions(families=("mlp",)), 16, default_spec().timing, seed=0))
     with pytest.raises(InputError, match="every=10"):
         TrainingVectorEnv(4, spec=ControlSpec(timing=Timing(every=10))).reset(seed=0)
 
