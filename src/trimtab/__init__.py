@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from trimtab.version import __version__
+
 if TYPE_CHECKING:
     from trimtab.adapters.pytorch import RLScheduler
     from trimtab.brain import Brain
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from trimtab.records import Decision
     from trimtab.safety import Gate, Safety
     from trimtab.spec import ControlSpec
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Brain",

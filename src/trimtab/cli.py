@@ -1,4 +1,4 @@
-"""The command line: `trimtab run | report | list | show`.
+"""The command line: `trimtab run | report | learn | list | show`.
 
 Nothing here imports torch, NumPy or matplotlib before a command needs them, so that help and lists are quick.
 This is the one place that reads an environment variable (TRIMTAB_DATA) and that turns errors into exit codes:
@@ -26,7 +26,7 @@ __all__ = ["app", "main"]
 
 DATA_VARIABLE = "TRIMTAB_DATA"
 _KINDS = ("tasks", "agents", "knobs", "signals", "rewards")
-_LISTS = (*_KINDS, "arms", "studies", "brains", "experience")
+_LISTS = (*_KINDS, "arms", "studies", "recipes", "brains", "experience")
 # What typer raises on a wrong command line; older typers have it from click, newer ones bring their own.
 _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
@@ -131,8 +131,8 @@ def run_command(  # noqa: PLR0913 (one argument for each option of the command)
     }
 
     def action() -> int:
-        from trimtab.experiments.progress import make_display
         from trimtab.experiments.run import run
+        from trimtab.progress import make_display
 
         if tensorboard:
             raise InputError("--tensorboard is not available in this version; leave it out")
@@ -161,7 +161,7 @@ def run_command(  # noqa: PLR0913 (one argument for each option of the command)
         for directory, why in outcome.failed.items():
             screen.print(f"failed: {directory}: {why}", markup=False, soft_wrap=True)
         if outcome.failed:
-            again = _command_line(study, given)
+            again = _command_line("run", study, given)
             screen.print(
                 f"{len(outcome.failed)} of {outcome.n_runs} runs failed; try them again with: {again}",
                 markup=False,
@@ -170,7 +170,7 @@ def run_command(  # noqa: PLR0913 (one argument for each option of the command)
         Console().print(f"report: {outcome.report}", markup=False, highlight=False, soft_wrap=True)
         return outcome.exit_code
 
-    _guarded(action, _command_line(study, given))
+    _guarded(action, _command_line("run", study, given))
 
 
 @app.command("report")
@@ -192,6 +192,38 @@ def report_command(
         return 0
 
     _guarded(action)
+
+
+@app.command("learn")
+def learn_command(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE.yaml", help="A recipe of ours, or a file.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; runs/learn-RECIPE if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what is in --out.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes at once; one for each core if not given, 0: in this one.")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Learners, instead of the recipe's number.")] = None,
+    num_envs: Annotated[int | None, typer.Option(help="Runs in an iteration, instead of the recipe's.")] = None,
+) -> None:
+    """Learn a brain by a recipe; its folder holds the brain and where it comes from."""
+    changes = {"iterations": iterations, "seeds": seeds, "num_envs": num_envs}
+    given = {"seed": seed or None, "out": out, "workers": workers, **changes}
+
+    def action() -> int:
+        from trimtab.learning.learn import learn
+        from trimtab.progress import make_display
+
+        display = make_display(Console(stderr=True))
+        learned = learn(recipe, out, seed=seed, workers=workers, resume=resume, display=display, **changes)
+        screen = Console(highlight=False)
+        screen.print(f"chosen: {learned.why}", markup=False, soft_wrap=True)
+        screen.print(f"report: {learned.report}", markup=False, soft_wrap=True)
+        screen.print(f"brain: {learned.brain}", markup=False, soft_wrap=True)
+        return 0
+
+    _guarded(action, _command_line("learn", recipe, given))
 
 
 @app.command("list")
@@ -241,9 +273,14 @@ def _rows(what: str) -> dict[str, str] | str:
         return brains.descriptions()
     if what == "studies":
         from trimtab.experiments.design import study_names
-        from trimtab.experiments.schema import read_yaml
+        from trimtab.yaml_files import read_yaml
 
         return {name: str(read_yaml(path).get("idea")) for name, path in study_names().items()}
+    if what == "recipes":
+        from trimtab.learning.recipe import recipe_names
+        from trimtab.yaml_files import read_yaml
+
+        return {name: str(read_yaml(path, "recipe").get("idea")) for name, path in recipe_names().items()}
     if what == "arms":
         rows = {name: entry.description for name, entry in registry.entries("agent").items() if name != "replay"}
         rows["placebo:ARM"] = "ARM decides, and only its base schedule is written"
@@ -259,11 +296,11 @@ def _check_study(directory: Path) -> None:
         raise InputError(f"there is no study in {directory}: expected study.json in it, as `trimtab run` writes it")
 
 
-def _command_line(study: str, given: dict[str, Any]) -> str:
-    """The command that goes on with a study, with the options that it was begun with."""
-    words = ["trimtab", "run", study]
-    for name, value in given.items():
-        words += [] if value is None else [f"--{name}", str(value)]
+def _command_line(command: str, name: str, given: dict[str, Any]) -> str:
+    """The command that goes on with a study or a recipe, with the options that it was begun with."""
+    words = ["trimtab", command, name]
+    for option, value in given.items():
+        words += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
     return shlex.join([*words, "--resume"])
 
 

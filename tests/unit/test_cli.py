@@ -43,7 +43,7 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path
 
 
-LIGHT = [["--help"], ["--version"], ["run", "--help"], *(["list", what] for what in cli._LISTS)]
+LIGHT = [["--help"], ["--version"], ["run", "--help"], ["learn", "--help"], *(["list", what] for what in cli._LISTS)]
 
 
 def test_help_and_lists_import_nothing_heavy():
@@ -77,6 +77,7 @@ def test_lists_of_arms_studies_and_what_is_not_there(capsys):
     assert {"cosine", "q_learning", "placebo:ARM", "yoked:ARM", "tuned-ARM"} <= set(names)
     assert "replay" not in names
     assert re.findall(r"^(\S+)  ", invoke(capsys, "list", "studies")[1], re.M) == ["demo", "transformer-lr"]
+    assert re.findall(r"^(\S+)  ", invoke(capsys, "list", "recipes")[1], re.M) == ["default", "smoke"]
     brains = re.findall(r"^(\S+) +(.*)$", invoke(capsys, "list", "brains")[1], re.M)
     assert dict(brains)["default-open"] == (
         "the rule uwhg over a constant base, no learning; for runs whose end is not known"
@@ -96,6 +97,9 @@ def test_without_a_command_the_help_is_shown(capsys):
         (["run"], "Missing argument 'STUDY|FILE.yaml'"),
         (["run", "demo", "--n-seeds", "five"], "Invalid value for '--n-seeds'"),
         (["run", "demo", "--sede", "1"], "No such option: --sede"),
+        (["learn", "defualt"], "unknown recipe 'defualt'; did you mean 'default'?"),
+        (["learn", "smoke", "--seeds", "0"], "options: seeds: got 0, expected a whole number of at least 1"),
+        (["learn", "smoke", "--seed", "-1"], "seed: got -1, expected a whole number of at least 0"),
         (["rnu"], "No such command 'rnu'"),
         (["list", "task"], "unknown list 'task'; did you mean 'tasks'?"),
         (["show", "nowhere"], "nowhere holds no study (study.json) and no brain (brain.json)"),

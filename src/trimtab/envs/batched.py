@@ -18,6 +18,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from trimtab.agents.base import Timing
 from trimtab.agents.scripted import Schedule
 from trimtab.envs.episodes import Batch, EpisodeOptions, draw_episode
 from trimtab.envs.measuring import summarize
@@ -47,6 +48,8 @@ class TrainingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         families: Families of tasks, taken in turn.
         spec: What is observed and how actions act; None: that of the learned controllers.
         device: Where the networks are trained.
+        also_fit: Timings of other agents, whose environments are to draw the very same episodes from a seed; see
+            `draw_episode`.
         **options: Of `EpisodeOptions`.
 
     Attributes:
@@ -66,6 +69,7 @@ class TrainingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         families: Sequence[str] = ("mlp", "quadratic"),
         spec: ControlSpec | None = None,
         device: str = "cpu",
+        also_fit: Sequence[Timing] = (),
         **options: Any,
     ) -> None:
         if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
@@ -79,6 +83,7 @@ class TrainingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         _check_spec(self.control_spec)
         self.options = EpisodeOptions(families=_names(families), **options)
         self.device = device
+        self._also_fit = tuple(also_fit)
         self.single_observation_space = self.control_spec.observation_space
         self.single_action_space = self.control_spec.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -97,6 +102,17 @@ class TrainingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         """Environment steps in an episode: the first interval is `reset`'s, with nothing decided yet."""
         timing = self.control_spec.timing
         return timing.early_decisions + timing.n_decisions - 1
+
+    @property
+    def total_steps(self) -> npt.NDArray[np.int64]:
+        """Budgets of the runs that the last `reset` drew, in optimizer steps; (R,).
+
+        Raises:
+            InputError: `reset` was not called.
+        """
+        if self._runs is None:
+            raise InputError("total_steps before reset(); call reset(seed=...) first")
+        return self._runs.state.budgets.astype(np.int64)
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
@@ -123,7 +139,8 @@ class TrainingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             self._root = int(np.random.SeedSequence().generate_state(1)[0])
         episode = derive_seed(self._root, "episode", self._n_episodes, "of runs")
         self._n_episodes += 1
-        return self.begin(draw_episode(self.options, self.num_envs, self.control_spec.timing, episode))
+        timing = self.control_spec.timing
+        return self.begin(draw_episode(self.options, self.num_envs, timing, episode, self._also_fit))
 
     def begin(self, batches: list[Batch]) -> tuple[Array, dict[str, Any]]:
         """Begin an episode of given runs instead of drawn ones, as `reset` does: for benchmarks and for tests.

@@ -97,7 +97,9 @@ class Batch:
     total_steps: int
 
 
-def draw_episode(options: EpisodeOptions, n_runs: int, timing: Timing, seed: int) -> list[Batch]:
+def draw_episode(
+    options: EpisodeOptions, n_runs: int, timing: Timing, seed: int, also_fit: Sequence[Timing] = ()
+) -> list[Batch]:
     """Draw what R runs train in one episode.
 
     Args:
@@ -105,6 +107,8 @@ def draw_episode(options: EpisodeOptions, n_runs: int, timing: Timing, seed: int
         n_runs: R.
         timing: When decisions fall; horizons are fitted to it, so that all runs have equally many.
         seed: All is drawn from it.
+        also_fit: Timings that the horizons fit as well. Agents of different timings draw the same episode where each
+            names the other's; their order does not matter.
     """
     rng = numpy_generator(seed, "episode")
     n_tasks = -(-n_runs // options.runs_per_task)
@@ -116,7 +120,7 @@ def draw_episode(options: EpisodeOptions, n_runs: int, timing: Timing, seed: int
         per_batch = max(1, MAX_RUNS[family] // options.runs_per_task)
         for start in range(0, len(groups), per_batch):
             part = groups[start : start + per_batch]
-            batches += _draw_batches(options, family, part, n_runs, timing, rng, seed)
+            batches += _draw_batches(options, family, part, n_runs, (timing, *also_fit), rng, seed)
     return batches
 
 
@@ -125,14 +129,14 @@ def _draw_batches(
     family: str,
     groups: Sequence[int],
     n_runs: int,
-    timing: Timing,
+    timings: Sequence[Timing],
     rng: np.random.Generator,
     seed: int,
 ) -> list[Batch]:
     """Tasks of one family with one horizon and batch size: one batch, or several where networks cannot be stacked."""
     low, high = options.horizon
     high = min(high, options.max_cnn_horizon) if family == "cnn" else high
-    total_steps = fitting_horizon(round(float(np.exp(rng.uniform(np.log(low), np.log(high))))), timing)
+    total_steps = fitting_horizon(round(float(np.exp(rng.uniform(np.log(low), np.log(high))))), *timings)
     batch_size = int(rng.choice(BATCH_SIZES))
     tasks = [
         (draw_task(family, numpy_generator(seed, family, group, "task"), batch_size=batch_size), group)
@@ -184,17 +188,24 @@ def count_decisions(total_steps: int, timing: Timing) -> int:
     return index
 
 
-def fitting_horizon(total_steps: int, timing: Timing) -> int:
+def fitting_horizon(total_steps: int, *timings: Timing) -> int:
     """The nearest budget with exactly `early_decisions + n_decisions` decisions; rounding may give one more or less.
 
+    Args:
+        total_steps: The budget that is wished for.
+        timings: One, or several that all have to fit.
+
     Raises:
-        InputError: The timing is not by shares of the budget, so that runs of different horizons cannot keep step.
+        InputError: A timing is not by shares of the budget, so that runs of different horizons cannot keep step.
     """
-    if timing.every is not None:
-        raise InputError(f"timing has every={timing.every!r}; batches of runs need every=None, shares of the budget")
-    wanted = timing.early_decisions + timing.n_decisions
+    for timing in timings:
+        if timing.every is not None:
+            raise InputError(
+                f"timing has every={timing.every!r}; batches of runs need every=None, shares of the budget"
+            )
+    wanted = [timing.early_decisions + timing.n_decisions for timing in timings]
     for distance in range(total_steps):
         for candidate in (total_steps + distance, total_steps - distance):
-            if candidate > 0 and count_decisions(candidate, timing) == wanted:
+            if candidate > 0 and [count_decisions(candidate, timing) for timing in timings] == wanted:
                 return candidate
-    raise InputError(f"no budget near {total_steps} steps has {wanted} decisions; take fewer")
+    raise InputError(f"no budget near {total_steps} steps has {' and '.join(map(str, wanted))} decisions; take fewer")

@@ -14,7 +14,8 @@ from typing import Any
 from trimtab.executors import Event, Executor
 from trimtab.experiments.design import Study
 from trimtab.experiments.plan import Job, choose_rate, plan_jobs, tuned_jobs, tuning_jobs
-from trimtab.experiments.progress import Display, describe
+from trimtab.experiments.progress import describe, news_of
+from trimtab.progress import Display
 from trimtab.storage import atomic_write, read_json, write_json
 
 __all__ = ["Conductor", "result_of"]
@@ -94,9 +95,9 @@ class Conductor:
     def _on_event(self, event: Event) -> None:
         job = self._jobs[event.key]
         if event.kind == "started":
-            self._display.started(job)
+            self._display.started(job.directory, describe(job))
         elif event.kind == "progress":
-            self._display.news(job, event.data)
+            self._display.news(job.directory, news_of(event.data))
         elif event.kind == "failed":
             if event.data["traceback"]:
                 atomic_write(self._out / job.directory / "error.txt", event.data["traceback"])
@@ -110,7 +111,7 @@ class Conductor:
 
     def _finish(self, job: Job) -> None:
         self._over.add(job.directory)
-        self._display.over(job)
+        self._display.over(job.directory)
         for follower in self._waiting.pop(job.directory, []):
             self._add(follower)
         if job.role == "tuning":
@@ -120,7 +121,7 @@ class Conductor:
     def _fail(self, job: Job, why: str) -> None:
         self.failed[job.directory] = why
         self._display.say(f"failed: {describe(job)}: {why}")
-        self._display.over(job)
+        self._display.over(job.directory)
         for follower in self._waiting.pop(job.directory, []):
             self._fail(follower, f"the run that it replays, {job.directory}, failed")
         if job.role == "tuning":
@@ -150,14 +151,14 @@ class Conductor:
         for job in tuned_jobs(self._study, task, rate):
             if result_of(self._out, job.directory) is not None:
                 self._over.add(job.directory)
-                self._display.over(job)
+                self._display.over(job.directory)
             self._add(job)
 
     def _fail_tuned(self, task: str, why: str) -> None:
         for job in tuned_jobs(self._study, task, 1.0):
             # No rate, no folder: the name says whose runs are missing.
             self.failed[job.directory.replace("lr-1.0", "lr-unknown")] = why
-            self._display.over(job)
+            self._display.over(job.directory)
         self._display.say(f"failed: {self._study.tuning.arm.id if self._study.tuning else ''} on {task}: {why}")
 
     def _write_choice(self) -> None:

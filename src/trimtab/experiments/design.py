@@ -17,7 +17,8 @@ from typing import Any
 
 from trimtab import registry
 from trimtab.errors import InputError, unknown_name
-from trimtab.experiments.schema import ArmSpec, StudyFile, parse_study, read_yaml
+from trimtab.experiments.schema import ArmSpec, StudyFile, parse_study
+from trimtab.yaml_files import read_yaml
 
 __all__ = ["Arm", "Study", "Tuning", "load_study", "study_names"]
 

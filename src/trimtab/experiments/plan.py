@@ -17,6 +17,7 @@ from typing import Any
 
 from trimtab.errors import InputError
 from trimtab.experiments.design import Arm, Study
+from trimtab.folders import where_they_differ
 
 __all__ = ["Job", "choose_rate", "first_difference", "plan_jobs", "study_json", "tuned_jobs", "tuning_jobs"]
 
@@ -177,7 +178,9 @@ def first_difference(there: Any, asked: Mapping[str, Any]) -> str | None:
             continue
         old, new = _as_asked(key, there.get(key)), _as_asked(key, value)
         if old != new:
-            return _where_they_differ(key, old, new)
+            if key == "arms" and len(old or []) != len(new or []):
+                old, new = [arm.get("id") for arm in old or []], [arm.get("id") for arm in new or []]
+            return where_they_differ(key, old, new)
     return None
 
 
@@ -251,18 +254,3 @@ def _as_asked(key: str, value: Any) -> Any:
             for arm in value
         ]
     return value
-
-
-def _where_they_differ(path: str, old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            if old.get(key) != new.get(key):
-                return _where_they_differ(f"{path}.{key}", old.get(key), new.get(key))
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (ours, theirs) in enumerate(zip(old, new, strict=True)):
-            if ours != theirs:
-                name = ours.get("id", index) if isinstance(ours, dict) else index
-                return _where_they_differ(f"{path}.{name}", ours, theirs)
-    if path == "arms":
-        old, new = [arm.get("id") for arm in old or []], [arm.get("id") for arm in new or []]
-    return f"{path} is {old!r} there, {new!r} is asked for now"

@@ -8,23 +8,20 @@ needs nothing else.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import importlib
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab import registry
-from trimtab.errors import InputError, MissingDataError, MissingExtraError, OutputError, RunFailedError
+from trimtab import machine, registry
+from trimtab.errors import InputError, MissingDataError, MissingExtraError, OutputError
 from trimtab.executors import make_executor
-from trimtab.experiments import environment
 from trimtab.experiments.conductor import Conductor, result_of
 from trimtab.experiments.design import Study, load_study
 from trimtab.experiments.plan import Job, first_difference, plan_jobs, study_json, tuned_jobs, tuning_jobs
-from trimtab.experiments.progress import Display, Silent
+from trimtab.folders import WorkFolder, nothing_is_bad_input
+from trimtab.progress import Display, Silent
 from trimtab.storage import read_json, write_json
 
 __all__ = ["Outcome", "run", "run_study"]
@@ -124,16 +121,17 @@ def run_study(
     out = out.absolute()
     data_dir = _check_data_dir(data_dir)
     workers = _check_workers(workers, executor, study)
-    there = _plan_there(out, resume)
+    folder = WorkFolder(out, "study.json", "study", "running a study")
+    there = read_json(out / "study.json") if folder.is_begun(resume) else None
     study = _with_data(study, data_dir) if there is None else _as_begun(study, there, out)
     unfinished = _unfinished(study, out, there)
     _check_jobs(study, unfinished, data_dir, is_new=there is None)
-    machine = environment.describe(study.settings) if unfinished or there is None else {}
-    with _folder(out, resume), display:
+    runs_on = machine.describe(study.settings) if unfinished or there is None else {}
+    with folder.hold(resume), display:
         if there is None:
-            write_json(out / "study.json", study_json(study, machine))
-        with _nothing_is_bad_input():
-            for text in _remarks(study, there, machine):
+            write_json(out / "study.json", study_json(study, runs_on))
+        with nothing_is_bad_input():
+            for text in _remarks(study, there, runs_on):
                 display.say(text)
             return _conduct(study, out, data_dir, workers if unfinished else 0, display)
 
@@ -161,34 +159,12 @@ def _check_data_dir(data_dir: Path | None) -> Path | None:
 
 def _check_workers(workers: int | None, executor: str, study: Study) -> int:
     if workers is None:
-        device = environment.resolve_device(str(study.settings["device"]))
-        workers = environment.default_workers(device, int(study.settings["threads"]))
+        device = machine.resolve_device(str(study.settings["device"]))
+        workers = machine.default_workers(device, int(study.settings["threads"]))
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise InputError(f"workers: got {workers!r}, expected a whole number of 0 (in this process) or more")
     make_executor(executor, RUN_ONE, workers=workers).close()  # refuses a wrong name; starts nothing
     return workers
-
-
-def _plan_there(out: Path, resume: bool) -> Any:
-    """What is in study.json of a folder that is gone on with; None where the study is new."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; give a folder (--out)")
-    try:
-        content = _content(out)
-    except OSError as error:
-        raise OutputError(f"cannot read the folder {out}: {error.strerror or error}") from error
-    if not content:
-        return None
-    if not resume:
-        raise OutputError(f"{out} is not empty; go on from what is there with --resume, or give another --out")
-    if not (out / "study.json").is_file():
-        raise OutputError(f"{out} holds files but no study.json, so it is no study's folder; give another --out")
-    return read_json(out / "study.json")
-
-
-def _content(out: Path) -> list[str]:
-    """What is in a folder, without what a killed process left of its first file."""
-    return [] if not out.exists() else [name for name in os.listdir(out) if not name.startswith(".study.json.")]
 
 
 def _with_data(study: Study, data_dir: Path | None) -> Study:
@@ -251,46 +227,8 @@ def _resolve(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _remarks(study: Study, there: Any, machine: Mapping[str, Any]) -> list[str]:
+def _remarks(study: Study, there: Any, runs_on: Mapping[str, Any]) -> list[str]:
     left_out = [f"left out: {entry['task']}: {entry['why']}" for entry in study.left_out]
     before = there.get("environment") or {} if there is not None else {}
-    changed = [f"note: {text}; runs may differ" for text in environment.differences(before, machine)]
+    changed = [f"note: {text}; runs may differ" for text in machine.differences(before, runs_on)]
     return [*left_out, *changed]
-
-
-@contextlib.contextmanager
-def _folder(out: Path, resume: bool) -> Iterator[None]:
-    """Have the folder, for this process alone; what was made of it is taken away if nothing came into it."""
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    handle = None
-    try:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            handle = os.open(out, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"another process is running a study in {out}; wait for it, or end it") from error
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {out}: {error.strerror or error}; give a folder that can be written (--out)"
-            ) from error
-        if not resume and _content(out):
-            raise OutputError(f"{out} has just been filled by another process; give another --out")
-        yield
-    except BaseException:
-        for path in made:
-            with contextlib.suppress(OSError):  # it holds something by now, and is kept
-                path.rmdir()
-        raise
-    finally:
-        if handle is not None:
-            os.close(handle)  # and the lock with it
-
-
-@contextlib.contextmanager
-def _nothing_is_bad_input() -> Iterator[None]:
-    """From here on work has been done: an error is a failure, not a question of what was given."""
-    try:
-        yield
-    except InputError as error:
-        raise RunFailedError(str(error)) from error

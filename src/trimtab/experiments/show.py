@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.errors import InputError
-from trimtab.storage import read_json
+from trimtab.storage import read_json, read_lines
 
 __all__ = ["show", "summary_table"]
 
@@ -23,7 +23,7 @@ def show(directory: Path, console: Console) -> None:
     """Print what a folder holds.
 
     Args:
-        directory: A study's folder, or a brain's.
+        directory: A study's folder, a brain's, or one of `trimtab learn`.
         console: Where to print.
 
     Raises:
@@ -33,6 +33,8 @@ def show(directory: Path, console: Console) -> None:
         _show_study(directory, console)
     elif (directory / "brain.json").is_file():
         _show_brain(directory, console)
+    elif (directory / "learn.json").is_file():
+        _show_making(directory, console)
     else:
         raise InputError(f"{directory} holds no study (study.json) and no brain (brain.json); give the folder of one")
 
@@ -82,14 +84,74 @@ def _show_study(directory: Path, console: Console) -> None:
         console.print(table)
 
 
+def _show_making(directory: Path, console: Console) -> None:
+    """A folder of `trimtab learn`: its brain, or how far its learners are."""
+    if (directory / "brain" / "brain.json").is_file():
+        _show_brain(directory / "brain", console)
+        return
+    plan = read_json(directory / "learn.json")
+    recipe = plan["recipe"]
+    rows = {"recipe": f"{recipe['recipe']}: {recipe['idea']}", "command": plan["command"], "brain": "not made yet"}
+    for index in range(recipe["seeds"]):
+        lines = read_lines(directory / f"seed-{index}" / "curve.jsonl")
+        done = max((line["iteration"] for line in lines), default=0)
+        rows[f"seed-{index}"] = f"{done} of {recipe['iterations']} iterations"
+    _print_rows(rows, console)
+
+
 def _show_brain(directory: Path, console: Console) -> None:
     from trimtab.brain import Brain  # imports torch
 
     brain = Brain.load(directory)
     rows: dict[str, Any] = {"agent": brain.agent.name, "spec": brain.spec.fingerprint}
-    rows |= {f"option {key}": value for key, value in brain.agent.options.items()}
-    rows |= dict(brain.provenance)
+    rows |= {f"option {key}": _in_words(value) for key, value in brain.agent.options.items()}
+    provenance = dict(brain.provenance)
+    validation = provenance.pop("validation", None)
+    for key, value in provenance.items():
+        if key == "recipe" and isinstance(value, Mapping):
+            rows |= {f"recipe {part}".replace("recipe recipe", "recipe"): _in_words(v) for part, v in value.items()}
+        elif key == "curves" and isinstance(value, Mapping):
+            rows |= {f"curve of {name}": _curve_in_words(points) for name, points in value.items()}
+        else:
+            rows[key] = _in_words(value)
     _print_rows(rows, console)
+    if isinstance(validation, Mapping):
+        console.print(_validation_table(validation))
+
+
+def _in_words(value: Any) -> str:
+    """A nest of JSON on one line: "cpu_s 8.1, networks 192"."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_in_words(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        nested = any(isinstance(item, (list, tuple, Mapping)) for item in value)
+        return ("; " if nested else ", ").join(map(_in_words, value)) or "none"
+    return str(value)
+
+
+def _curve_in_words(points: Any) -> str:
+    """Of (iteration, loss relative to uwhg's) the first, the lowest and the last."""
+    if not points:
+        return "none"
+    first, lowest, last = points[0], min(points, key=lambda point: point[1]), points[-1]
+    return ", ".join(
+        f"{name} {ratio:.3f} at iteration {iteration:g}"
+        for name, (iteration, ratio) in (("first", first), ("lowest", lowest), ("last", last))
+    )
+
+
+def _validation_table(validation: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """Numbers of every agent that could be chosen, by family, on the tasks of the choice."""
+    table = Table(title="on the tasks of the choice (final losses relative to)", title_justify="left")
+    table.add_column("agent")
+    table.add_column("family")
+    columns = ("ratio_uwhg", "ratio_cosine", "mean_rank", "rolled_back", "n_tasks")
+    for name in ("uwhg's", "cosine's", "rank", "rolled back", "tasks"):
+        table.add_column(name, justify="right")
+    for agent, families in validation.items():
+        for family, numbers in families.items():
+            table.add_row(agent, family, *(f"{numbers.get(column, float('nan')):.4g}" for column in columns))
+    return table
 
 
 def _state(run: Path) -> str:

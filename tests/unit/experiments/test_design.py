@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from trimtab.errors import InputError, UnknownNameError
 from trimtab.experiments.design import load_study, study_names
-from trimtab.experiments.schema import parse_study, read_yaml
+from trimtab.experiments.schema import parse_study
+from trimtab.yaml_files import read_yaml
 
 GOOD = """
 study: mine
@@ -196,7 +197,7 @@ def test_the_tuned_arm_is_there_only_where_it_is_asked_for(tmp_path):
             "study: again",
             "mine.yaml is not valid YAML: the key 'study' is there twice (the second time in line 6)",
         ),
-        ("user_config: &a {x: *a}", "is not valid YAML: aliases (*a) are not used in study files"),
+        ("user_config: &a {x: *a}", "is not valid YAML: aliases (*a) are not used in our files"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected(tmp_path, change, text):

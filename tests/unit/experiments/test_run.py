@@ -14,8 +14,9 @@ from trimtab.experiments import report
 from trimtab.experiments import run as runner
 from trimtab.experiments.design import load_study
 from trimtab.experiments.plan import plan_jobs
-from trimtab.experiments.progress import Live, Plain, make_display
+from trimtab.experiments.progress import describe, news_of
 from trimtab.experiments.run import run
+from trimtab.progress import Live, Plain, make_display
 from trimtab.storage import RunDirectory
 
 HERE = __name__
@@ -310,13 +311,13 @@ def test_live_progress_draws_a_row_for_what_runs_and_takes_it_away(tmp_path, stu
     job = plan_jobs(load_study(study_file))[0]
     with display:
         display.begin(4, 1)
-        display.started(job)
-        display.news(job, {"optimizer_step": 3, "total_steps": 5, "train_loss": 1.25})
+        display.started(job.directory, describe(job))
+        display.news(job.directory, news_of({"optimizer_step": 3, "total_steps": 5, "train_loss": 1.25}))
         rows = {task.description: task for task in display._progress.tasks}
         assert (rows["all runs"].completed, rows["all runs"].total) == (1, 4)
         row = rows["constant on digits-mlp, seed 0, rate 0.001"]
         assert (row.completed, row.total, row.fields["words"]) == (3, 5, "train loss 1.25")
-        display.over(job)
+        display.over(job.directory)
         assert [task.completed for task in display._progress.tasks] == [2]
         display.say("a word")
     console.file.close()

@@ -1,44 +1,45 @@
-"""On what a study runs: versions, device, threads, and how many processes this machine has room for.
+"""On what something runs: versions, device, threads, and how many processes this machine has room for.
 
-Called by trimtab.experiments.run for study.json. Asking for versions imports nothing.
+Called by the experiments for study.json, and by the learning of brains. Asking for versions imports nothing.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-import trimtab
 from trimtab.errors import InputError
+from trimtab.version import __version__
 
 __all__ = ["default_workers", "describe", "differences", "resolve_device"]
 
 _PACKAGES = ("torch", "numpy")
 
 
-def describe(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What study.json says of the machine.
+def describe(settings: Mapping[str, Any], packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
+    """What a folder of results says of the machine.
 
     Args:
-        settings: Of the study: device, precision, threads.
+        settings: device and threads.
+        packages: Installed packages whose versions count.
     """
     return {
         "python": platform.python_version(),
-        "trimtab": trimtab.__version__,
-        **{name: metadata.version(name) for name in _PACKAGES},
+        "trimtab": __version__,
+        **{name: metadata.version(name) for name in packages},
         "device": resolve_device(str(settings["device"])),
         "threads": settings["threads"],
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is not as it was when a study was begun, one line for each difference."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], what: str = "study") -> list[str]:
+    """What is not as it was when something (a study) was begun, one line for each difference."""
     return [
-        f"{key} was {before[key]} when this study was begun and is {value} now"
+        f"{key} was {before[key]} when this {what} was begun and is {value} now"
         for key, value in now.items()
         if key in before and before[key] != value
     ]

@@ -1,0 +1,153 @@
+"""Recipes: what a file may say, what is said of a bad one, and what its names become."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from tiny_recipe import TINY, write
+
+from trimtab import cli
+from trimtab.agents.features import SIGNALS
+from trimtab.errors import InputError
+from trimtab.learning.learn import learn
+from trimtab.learning.parts import check_recipe, learner_seed, make_spec, new_learner, validation_options
+from trimtab.learning.recipe import Recipe, load_recipe, recipe_names
+
+BAD = {
+    "unknown key": ({"itrations": 3}, "unknown key in bad.yaml 'itrations'; did you mean 'iterations'?"),
+    "unknown key below": ({"tasks": {"horizn": [50, 60]}}, "unknown key in tasks of bad.yaml 'horizn'; did you mean"),
+    "unknown key of validate": ({"validate": {"evry": 1}}, "unknown key in validate of bad.yaml 'evry'; did you mean"),
+    "unknown learner": ({"learner": "pppo"}, "bad.yaml: learner: got 'pppo', expected 'ppo', 'dqn' or 'evolution'"),
+    "unknown family": ({"tasks": {"families": ["mpl"]}}, "unknown family in tasks.families 'mpl'; did you mean 'mlp'?"),
+    "unknown family held out": (
+        {"validate": {"held_out": ["transformer"]}},
+        "unknown family in validate.held_out 'transformer'; known: cnn, mlp, quadratic",
+    ),
+    "unknown option": ({"options": {"hiden": [4]}}, "unknown option of learner 'ppo' 'hiden'; did you mean 'hidden'?"),
+    "option of the spec": (
+        {"options": {"n_decisions": 3}},
+        "option 'n_decisions' of learner 'ppo' is set by the spec or the call, leave it out",
+    ),
+    "unknown signal": ({"spec": {"signals": ["progres"]}}, "unknown signal 'progres'; did you mean 'progress'?"),
+    "unknown reward": ({"spec": {"reward": "rank"}}, "unknown reward 'rank'; did you mean 'score_rank'?"),
+    "unknown base": ({"spec": {"base": "cosin"}}, "unknown base schedule 'cosin'; did you mean 'cosine'?"),
+    "wrong type": ({"iterations": "many"}, "bad.yaml: iterations: got 'many', expected a whole number of at least 1"),
+    "no iterations": ({"iterations": 0}, "bad.yaml: iterations: got 0, expected a whole number of at least 1"),
+    "share above 1": (
+        {"tasks": {"no_validation": 1.5}},
+        "bad.yaml: tasks.no_validation: got 1.5, expected a share in [0, 1]",
+    ),
+    "shares above 1": ({"tasks": {"no_validation": 0.8, "some_validation": 0.8}}, "expected shares of 1"),
+    "missing key": (
+        {"tasks": None},
+        "bad.yaml: tasks: is missing; every recipe needs recipe, idea, learner, iterations and tasks",
+    ),
+    "short horizon": ({"tasks": {"horizon": [10, 20]}}, "horizon is (10, 20); expected two numbers in order, 50 or"),
+    "held out and trained on": (
+        {"validate": {"held_out": ["quadratic"]}},
+        "validate.held_out: 'quadratic' is trained on or chosen by, so it is not held out",
+    ),
+    "ranges that the rule cannot do with": (
+        {"keep_ranges": True, "spec": {"signals": ["progress"]}},
+        "ppo: the rule 'uwhg' needs the signals update_to_weight, grad_update_cosine, which are not among progress",
+    ),
+    "ensemble of one": ({"choose": "ensemble", "seeds": 1}, "choose: 'ensemble' of 1 seed; take 2 seeds or more"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "text"), BAD.values(), ids=BAD.keys())
+def test_a_bad_recipe_is_one_error_and_nothing_is_left_behind(tmp_path, monkeypatch, capsys, changes, text):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "bad.yaml", **changes)
+    with pytest.raises(InputError) as caught:
+        learn("bad.yaml", workers=0)
+    assert text in str(caught.value)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["learn", "bad.yaml"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err) == (2, "", f"trimtab: {caught.value}\n")
+    assert os.listdir(tmp_path) == ["bad.yaml"]
+
+
+def test_agents_of_evolution_cannot_be_joined_and_its_runs_come_in_populations(tmp_path):
+    changes = {"learner": "evolution", "options": None}
+    with pytest.raises(InputError, match=r"choose: 'best-or-ensemble', but agents of 'evolution' cannot be joined"):
+        check_recipe(load_recipe(write(tmp_path, **changes, num_envs=16)))
+    with pytest.raises(InputError, match="num_envs is 12; expected a multiple of evolution's population 16"):
+        check_recipe(load_recipe(write(tmp_path, **changes, choose="best", num_envs=12)))
+    check_recipe(load_recipe(write(tmp_path, **changes, choose="best", num_envs=16)))
+    with pytest.raises(InputError, match="keep_ranges: agents of 'evolution' cannot hand over to a rule; leave it out"):
+        check_recipe(load_recipe(write(tmp_path, **changes, choose="best", num_envs=16, keep_ranges=True)))
+    changes["options"] = {"group_size": 4}
+    recipe = Recipe.model_validate({**TINY, **changes, "choose": "best", "num_envs": 16})
+    with pytest.raises(InputError, match=r"options.group_size is 4, tasks.runs_per_task 2; they are the same runs"):
+        check_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("defualt", "unknown recipe 'defualt'; did you mean 'default'? known: default, smoke"),
+        ("nowhere.yaml", "there is no recipe file nowhere.yaml; give a file that is there, or one of: default, smoke"),
+    ],
+)
+def test_a_recipe_that_is_not_there(tmp_path, monkeypatch, name, text):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load_recipe(name)
+    assert str(caught.value) == text
+
+
+def test_an_empty_file_is_called_a_recipe(tmp_path):
+    (tmp_path / "mine.yaml").write_text("")
+    with pytest.raises(InputError, match=r"the recipe file .* is empty; expected at least recipe, idea, learner"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+def test_our_recipes_are_good():
+    assert list(recipe_names()) == ["default", "smoke"]
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        assert recipe.recipe == name
+        check_recipe(recipe)
+    assert load_recipe("default").tasks.families == ("mlp", "mlp", "quadratic", "cnn")
+
+
+def test_what_the_caller_asks_for_replaces_what_the_recipe_says(tmp_path):
+    path = write(tmp_path)
+    recipe = load_recipe(path, iterations=7, seeds=3, num_envs=8)
+    assert (recipe.iterations, recipe.seeds, recipe.num_envs) == (7, 3, 8)
+    assert load_recipe(path).model_dump(exclude={"iterations", "seeds", "num_envs"}) == recipe.model_dump(
+        exclude={"iterations", "seeds", "num_envs"}
+    )
+    with pytest.raises(InputError, match="options: iterations: got 0, expected a whole number of at least 1"):
+        load_recipe(path, iterations=0)
+
+
+def test_a_recipe_comes_back_from_json_as_it_was(tmp_path):
+    recipe = load_recipe(write(tmp_path))
+    data = recipe.to_json()
+    assert data["validate"]["every"] == 2
+    assert Recipe.model_validate(data) == recipe
+
+
+def test_names_become_a_spec_a_learner_and_episodes(tmp_path):
+    recipe = load_recipe(write(tmp_path, options={"moves": [-1, 0, 1]}, validate={"held_out": ["mlp"]}))
+    spec = make_spec(recipe)
+    assert spec.signals == SIGNALS
+    assert (spec.reward, spec.penalty, spec.base.name) == ("score_rank", 0.0, "cosine")
+    assert (spec.timing.n_decisions, spec.timing.early_decisions) == (2, 1)
+    assert (spec.actions.low, spec.actions.high) == (-1, 1)
+    state = new_learner(recipe, 5).state_dict()
+    # Exploration falls over the recipe's iterations, not over the learner's own default.
+    assert state["options"] == {"hidden": [4], "moves": [-1, 0, 1], "iterations": 3}
+    options = validation_options(recipe)
+    assert (options.families, options.runs_per_task, options.horizon) == (("quadratic", "mlp"), 2, (50, 52))
+    assert len({learner_seed(root, index) for root in range(3) for index in range(5)}) == 15
+
+
+def test_the_residual_brings_its_own_early_decisions():
+    data = {**TINY, "options": {"residual": "uwhg"}, "spec": {"n_decisions": 20}}
+    spec = make_spec(Recipe.model_validate(data))
+    assert (spec.timing.early_decisions, spec.timing.n_decisions) == (7, 20)
