@@ -59,7 +59,8 @@ def _text(recipe: Recipe, provenance: Mapping[str, Any]) -> str:
             if recipe.seeds >= curves.LEAST_SEEDS
             else "; five learners or more have a band."
         )
-        + " These are other validation tasks than those above, the same at every look.",
+        + " These are other validation tasks than those above, the same at every look. The return shown is that of "
+        "validation, 1 - rank / 2; in training, with ranks among its own runs as the reward, its mean is always 0.",
         "## Cost",
         f"{cost['cpu_s']:.0f} CPU seconds in all; {cost['networks']} small networks trained for "
         f"{cost['optimizer_steps']} optimizer steps in all; the slowest learner took "
