@@ -181,7 +181,8 @@ def recommendations(
 
     A change is recommended where the interval of the test loss of an arm against the user's own arm lies below 0.
     Of several such arms the one with the lowest mean final validation loss is taken, so that the test set does not
-    choose; arms with a failed or missing run are never recommended.
+    choose; arms with a failed or missing run are never recommended, nor is an arm that decides where it is not shown
+    to be better than what it would be without its decisions: then the plain schedule is what helped.
 
     Args:
         results: As results.collect makes it, up to the recommendations.
@@ -196,15 +197,17 @@ def recommendations(
             reasons[task] = "Nothing is recommended: no arm of the study does what your configuration does."
             continue
         arms = [row for row in rows.values() if row["kind"] in _CANDIDATES and row["id"] != user]
-        supported = [row for row in arms if _is_supported(row, user)]
+        better = [row for row in arms if _is_supported(row, user)]
+        supported = [row for row in better if _decisions_helped(row)]
+        idle = [str(row["id"]) for row in better if row not in supported]
         if not supported:
-            reasons[task] = _why_nothing(arms, user)
+            reasons[task] = _why_nothing(arms, user, idle)
             continue
         chosen = min(supported, key=lambda row: (row["metrics"]["final_val_loss"]["mean"], row["id"]))
         made = _changes(chosen, rows[user], user_config)
         changes += made
         reasons[task] = (
-            _reason(chosen, supported, rows[user], user_config)
+            _reason(chosen, supported, rows[user], user_config, idle)
             if made
             else (f"Nothing is recommended: {chosen['id']} has the settings that your configuration has.")
         )
@@ -217,13 +220,27 @@ def _is_supported(row: Mapping[str, Any], user: str) -> bool:
     return bool(entry) and entry["verdict"] == BETTER and whole and row["metrics"]["final_val_loss"]["n"] > 0
 
 
-def _why_nothing(arms: Sequence[Mapping[str, Any]], user: str) -> str:
+def _decisions_helped(row: Mapping[str, Any]) -> bool:
+    """Whether it beats its placebo and its base schedule at the same rate, as far as the study has them."""
+    return all(_verdict(row, role) in (None, BETTER) for role in ("placebo", "same schedule and rate"))
+
+
+def _why_nothing(arms: Sequence[Mapping[str, Any]], user: str, idle: Sequence[str]) -> str:
+    if idle:
+        return f"Nothing is recommended: {_of_no_use(idle)}"
     verdicts = [row["differences"][user]["verdict"] for row in arms if user in row["differences"]]
     if verdicts and set(verdicts) == {TOO_FEW}:
         return f"Nothing is recommended: {TOO_FEW} against your configuration ({user})."
     if BETTER in verdicts:
         return f"Nothing is recommended: what is better than your configuration ({user}) has failed or missing runs."
     return f"Nothing is recommended: no arm is shown to be better than your configuration ({user})."
+
+
+def _of_no_use(idle: Sequence[str]) -> str:
+    return (
+        f"{', '.join(idle)}: better than your configuration too, but not shown to be better than the same schedule "
+        "without decisions at the same rate. "
+    )
 
 
 def _changes(row: Mapping[str, Any], user: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -252,6 +269,7 @@ def _reason(
     supported: Sequence[Mapping[str, Any]],
     user: Mapping[str, Any],
     config: Mapping[str, Any],
+    idle: Sequence[str],
 ) -> str:
     said = (
         f"{chosen['id']} against your configuration ({user['id']}), test loss "
@@ -262,6 +280,7 @@ def _reason(
             f"Of {len(supported)} arms that are shown to be better it has the lowest mean final validation loss; "
             "that it is better than the others is not claimed. "
         )
+    said += f"Left out: {_of_no_use(idle)}" if idle else ""
     rate = config.get("lr")
     rate = rate.get(chosen["task"]) if isinstance(rate, Mapping) else rate
     if rate is not None and user["initial_lr"] is not None and rate != user["initial_lr"]:

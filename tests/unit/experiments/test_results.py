@@ -324,3 +324,19 @@ def test_a_folder_without_a_study_is_refused(tmp_path, text, message):
         (tmp_path / "study.json").write_text(text)
     with pytest.raises(InputError, match=message):
         collect(tmp_path)
+
+
+def test_decisions_that_did_not_help_are_not_recommended(tmp_path):
+    """As in the experiment that this project grew from: another schedule helps, the agent on top adds nothing."""
+    level = {**dict.fromkeys(Synthetic().level, 0.3), "exponential": 0.9, "uwhg": 0.9, "constant": 0.31}
+    level["q_learning"], level["placebo:q_learning"] = 0.3, 0.3
+    plan = {"user_config": {"schedule": "exponential", "lr": 0.001}}
+    results = collect(Synthetic(level=level, noise=0.05, tuned=False, plan=plan).write(tmp_path))
+    assert results["user_arm"] == {"digits-mlp": "exponential"}
+    assert row(results, "q_learning")["differences"]["exponential"]["verdict"] == "better"
+    assert row(results, "q_learning")["differences"]["placebo:q_learning"]["verdict"] != "better"
+    assert {change["arm"] for change in results["recommendations"]} <= {"step", "cosine", "default-cosine", "constant"}
+    assert (
+        "Left out: q_learning: better than your configuration too, but not shown to be better than the same schedule"
+        in results["recommendation_reasons"]["digits-mlp"]
+    )
