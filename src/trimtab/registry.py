@@ -37,7 +37,11 @@ class Entry:
 _TASKS = {
     "digits-mlp": Entry("trimtab.tasks.vision:digits_mlp", "8x8 digits (bundled with scikit-learn), MLP 64-64-10"),
     "digits-cnn": Entry("trimtab.tasks.vision:digits_cnn", "8x8 digits (bundled with scikit-learn), two convolutions"),
+    "mnist-mlp": Entry("trimtab.tasks.vision:mnist_mlp", "MNIST (ylecun/mnist), MLP 784-128-10"),
     "mnist-cnn": Entry("trimtab.tasks.vision:mnist_cnn", "MNIST (ylecun/mnist), conv32-conv64-dense"),
+    "cifar10-cnn": Entry("trimtab.tasks.vision:cifar10_cnn", "CIFAR-10 (uoft-cs/cifar10), conv32-conv64-dense"),
+    "sst2-mlp": Entry("trimtab.tasks.sentences:sst2_mlp", "SST-2 (nyu-mll/glue), mean of token embeddings, MLP"),
+    "sst2-bilstm": Entry("trimtab.tasks.sentences:sst2_bilstm", "SST-2 (nyu-mll/glue), bidirectional LSTM"),
     "titanic-fcnn": Entry("trimtab.tasks.tabular:titanic_fcnn", "Titanic passengers (Kaggle train.csv), MLP 64-64"),
     "shakespeare-gpt": Entry("trimtab.tasks.text:shakespeare_gpt", "tiny Shakespeare by characters, small GPT"),
     "enwik8-gpt": Entry("trimtab.tasks.text:enwik8_gpt", "enwik8 by bytes (100 MB of Wikipedia), small GPT"),

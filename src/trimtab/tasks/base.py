@@ -32,7 +32,8 @@ class Split:
     """One part of a data set, on the CPU; shared between runs, so never changed in place.
 
     Attributes:
-        inputs: (B, ...) float32, or for text one row of tokens (N,), uint8 (int64 beyond 256 symbols).
+        inputs: (B, ...) float32; (B, L) int64 for sentences; for text that is continued one row of tokens (N,), uint8
+            (int64 beyond 256 symbols).
         targets: (B,) int64 classes or float32 numbers; empty for text, where the next token is the target.
     """
 

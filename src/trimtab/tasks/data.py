@@ -100,27 +100,30 @@ def read_parquet(paths: Sequence[Path], dataset: str, columns: Sequence[str]) ->
     return arrow.concat_tables(tables)
 
 
-def decode_images(cells: Sequence[Any], dataset: str, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Decode cells of the hub's `Image` feature into grey images.
+def decode_images(
+    cells: Sequence[Any], dataset: str, size: tuple[int, int], *, is_colour: bool = False
+) -> npt.NDArray[np.uint8]:
+    """Decode cells of the hub's `Image` feature.
 
     Args:
         cells: Dicts with the file's content under "bytes".
         dataset: Name for messages.
         size: Height and width that every image must have.
+        is_colour: Red, green and blue; else one grey value a pixel.
 
     Returns:
-        (B, height, width).
+        (B, height, width), in colour (B, height, width, 3).
 
     Raises:
         MissingExtraError: pillow is not installed.
         InputError: A cell is no image, or has another size.
     """
     image = extra("PIL.Image", dataset)
-    out = np.empty((len(cells), *size), dtype=np.uint8)
+    out = np.empty((len(cells), *size, *((3,) if is_colour else ())), dtype=np.uint8)
     for index, cell in enumerate(cells):
         try:
             with image.open(io.BytesIO(cell["bytes"])) as picture:
-                out[index] = np.asarray(picture.convert("L"))
+                out[index] = np.asarray(picture.convert("RGB" if is_colour else "L"))
         except (OSError, TypeError, KeyError, ValueError) as error:
             raise InputError(f"{dataset}: row {index} is no image of {size[0]} x {size[1]}: {error}") from error
     return out

@@ -1,4 +1,4 @@
-"""Networks of the tasks: MLP, two small convolutional networks, and a GPT.
+"""Networks of the tasks: MLP, small convolutional networks, two classifiers of sentences, and a GPT.
 
 Called by the task modules. Weights are drawn from torch's global generator, which the training loop lends.
 
@@ -17,10 +17,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from trimtab.errors import InputError
 
-__all__ = ["GPT", "GPTConfig", "digits_cnn", "mlp", "mnist_cnn"]
+__all__ = ["GPT", "PADDING", "BiLSTM", "GPTConfig", "MeanEmbedding", "cifar10_cnn", "digits_cnn", "mlp", "mnist_cnn"]
+
+PADDING = 0  # the token that fills a sentence up to the common length
 
 
 def mlp(n_inputs: int, hidden: Sequence[int], n_outputs: int, dropout: float = 0.0) -> nn.Sequential:
@@ -60,6 +63,71 @@ def mnist_cnn(n_classes: int) -> nn.Sequential:
         nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),  # (B, 64, 12, 12)
         nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, n_classes),
     )  # fmt: skip
+
+
+def cifar10_cnn(n_classes: int, units: int = 64, dropout: float = 0.25) -> nn.Sequential:
+    """Two convolutions with pooling and a dense layer: (B, 3, 32, 32) -> (B, n_classes), 282,250 parameters for 10."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 32, 16, 16)
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 64, 8, 8)
+        nn.Flatten(), nn.Linear(4096, units), nn.ReLU(), nn.Dropout(dropout), nn.Linear(units, n_classes),
+    )  # fmt: skip
+
+
+class MeanEmbedding(nn.Module):
+    """Mean of the embeddings of a sentence's tokens, then an MLP: tokens (B, L) -> (B, n_classes).
+
+    Args:
+        vocab_size: V, `PADDING` included.
+        width: Of an embedding.
+        units: Of the hidden layer.
+        n_classes: Logits.
+    """
+
+    def __init__(self, vocab_size: int, width: int, units: int, n_classes: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, width, padding_idx=PADDING)
+        self.mlp = mlp(width, [units], n_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits; padding changes nothing.
+
+        Args:
+            tokens: (B, L) int64, each row a sentence of one token or more, filled up with `PADDING`.
+        """
+        is_word = tokens.ne(PADDING).unsqueeze(2)  # (B, L, 1)
+        mean = (self.tokens(tokens) * is_word).sum(1) / is_word.sum(1)
+        logits: Tensor = self.mlp(mean)
+        return logits
+
+
+class BiLSTM(nn.Module):
+    """Embedding, one bidirectional LSTM, dense layer on both last states: tokens (B, L) -> (B, n_classes).
+
+    Args:
+        vocab_size: V, `PADDING` included.
+        width: Of an embedding.
+        units: Of each direction.
+        n_classes: Logits.
+    """
+
+    def __init__(self, vocab_size: int, width: int, units: int, n_classes: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, width, padding_idx=PADDING)
+        self.lstm = nn.LSTM(width, units, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * units, n_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits; padding changes nothing, since the backward direction begins at each sentence's last token.
+
+        Args:
+            tokens: (B, L) int64, each row a sentence of one token or more, filled up with `PADDING`.
+        """
+        lengths = tokens.ne(PADDING).sum(1).cpu()  # packing wants them there
+        packed = pack_padded_sequence(self.tokens(tokens), lengths, batch_first=True, enforce_sorted=False)
+        _, (last, _) = self.lstm(packed)  # (2, B, units)
+        logits: Tensor = self.head(torch.cat((last[0], last[1]), dim=1))
+        return logits
 
 
 @dataclass(frozen=True)

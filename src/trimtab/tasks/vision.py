@@ -1,4 +1,4 @@
-"""Image tasks: digits (bundled with scikit-learn) and MNIST.
+"""Image tasks: digits (bundled with scikit-learn), MNIST and CIFAR-10.
 
 Found through `registry.load("task", ...)`. Splits are fixed: they depend on no run's seed.
 
@@ -8,10 +8,15 @@ Found through `registry.load("task", ...)`. Splits are fixed: they depend on no 
 | MNIST | full | 50,000 / 10,000 cut from its train part, stratified / its 10,000 test images |
 | MNIST | small | 6,000 / 500 / 2,000 of those, stratified: a run takes well under a minute on one core |
 | MNIST | smoke | 640 / 200 / 200 of those |
+| CIFAR-10 | full | 45,000 / 5,000 cut from its train part, stratified / its 10,000 test images |
+| CIFAR-10 | small | 6,000 / 400 / 1,000 of those, stratified |
+| CIFAR-10 | smoke | 640 / 200 / 200 of those |
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +31,51 @@ from trimtab.tasks import hub, models
 from trimtab.tasks.base import Data, Split, Task, pick
 from trimtab.tasks.data import Source, decode_images, find, read_parquet, stratified_cuts
 
-__all__ = ["digits_cnn", "digits_mlp", "mnist_cnn"]
+__all__ = ["cifar10_cnn", "digits_cnn", "digits_mlp", "mnist_cnn", "mnist_mlp"]
 
-_MNIST = Source(
-    "mnist",
-    "Get it with `hf download ylecun/mnist --repo-type dataset --local-dir DIR` and give --data-dir DIR; "
-    "see docs/data.md",
+
+@dataclass(frozen=True)
+class _ImageSet:
+    """Images in ten classes on the hub: where they are, how they are cut, how their pixels are scaled."""
+
+    source: Source
+    repo_id: str
+    folder: str  # of the Parquet files, in the repository
+    column: str  # of the images
+    size: tuple[int, int]  # height and width
+    held_share: int  # one in this many train images is held out for validation
+    mean: tuple[float, ...]  # one a channel
+    std: tuple[float, ...]
+
+
+_MNIST = _ImageSet(
+    Source(
+        "mnist",
+        "Get it with `hf download ylecun/mnist --repo-type dataset --local-dir DIR` and give --data-dir DIR; "
+        "see docs/data.md",
+    ),
+    "ylecun/mnist",
+    folder="mnist",
+    column="image",
+    size=(28, 28),
+    held_share=6,
+    mean=(0.1307,),  # of the 60,000 train images, as PyTorch's MNIST example has them
+    std=(0.3081,),
 )
-_MNIST_MEAN, _MNIST_STD = 0.1307, 0.3081  # of the 60,000 train images, as PyTorch's MNIST example has them
+_CIFAR10 = _ImageSet(
+    Source(
+        "cifar10",
+        "Get it with `hf download uoft-cs/cifar10 --repo-type dataset --local-dir DIR/cifar10` and give "
+        "--data-dir DIR; see docs/data.md",
+    ),
+    "uoft-cs/cifar10",
+    folder="plain_text",
+    column="img",
+    size=(32, 32),
+    held_share=10,
+    mean=(0.4914, 0.4822, 0.4465),  # of the 50,000 train images: red, green, blue
+    std=(0.2470, 0.2435, 0.2616),
+)
 _DIGITS_SIZES = (1077, 360, 360)
 # Steps and steps between validations; 660 steps are 20 epochs, and the set is too small for more.
 _DIGITS_STEPS = {"smoke": (60, 5), "small": (660, 20), "full": (660, 20)}
@@ -100,6 +142,20 @@ def _load_digits(data_dir: Path | None, *, is_image: bool) -> Data:
     return Data(train, val, test, info={"n_classes": 10, "n_features": 64})
 
 
+def mnist_mlp(scale: str = "small") -> Task:
+    """MNIST, MLP 784-128-10, Adam.
+
+    Args:
+        scale: "smoke" (20 steps on 640 images), "small" (300 steps on 6,000 images) or "full" (5 epochs of
+            50,000).
+    """
+    return _image_task("mnist-mlp", _MNIST, _mnist_mlp_model, pick(scale, {
+        "smoke": ((640, 200, 200), 32, 20, 5),
+        "small": ((6_000, 500, 2_000), 32, 300, 10),
+        "full": ((50_000, 10_000, 10_000), 64, 3_905, 100),
+    }))  # fmt: skip
+
+
 def mnist_cnn(scale: str = "small") -> Task:
     """MNIST, the convolutional network of PyTorch's example (conv32, conv64, pool, dense 128, dropout), Adam.
 
@@ -107,17 +163,41 @@ def mnist_cnn(scale: str = "small") -> Task:
         scale: "smoke" (20 steps on 640 images), "small" (200 steps on 6,000 images) or "full" (5 epochs of
             50,000).
     """
-    sizes, batch_size, steps, every = pick(scale, {
+    return _image_task("mnist-cnn", _MNIST, _mnist_model, pick(scale, {
         "smoke": ((640, 200, 200), 32, 20, 5),
         "small": ((6_000, 500, 2_000), 32, 200, 10),
         "full": ((50_000, 10_000, 10_000), 64, 3_905, 100),
-    })  # fmt: skip
+    }))  # fmt: skip
+
+
+def cifar10_cnn(scale: str = "small") -> Task:
+    """CIFAR-10, two convolutions with pooling (32, 64) and a dense layer of 64 with dropout, Adam.
+
+    Args:
+        scale: "smoke" (20 steps on 640 images), "small" (250 steps on 6,000 images) or "full" (20 epochs of
+            45,000).
+    """
+    return _image_task("cifar10-cnn", _CIFAR10, _cifar10_model, pick(scale, {
+        "smoke": ((640, 200, 200), 32, 20, 5),
+        "small": ((6_000, 400, 1_000), 32, 250, 25),
+        "full": ((45_000, 5_000, 10_000), 64, 14_060, 200),
+    }))  # fmt: skip
+
+
+def _image_task(
+    name: str,
+    images: _ImageSet,
+    make_model: Callable[[Data], nn.Module],
+    preset: tuple[tuple[int, int, int], int, int, int],
+) -> Task:
+    """A task of 0.05 warm-up on a set from the hub; the preset is (sizes of the splits, batch, steps, every)."""
+    sizes, batch_size, steps, every = preset
     return Task(
-        name="mnist-cnn",
-        dataset="mnist",
+        name=name,
+        dataset=images.source.dataset,
         kind="classification",
-        load=partial(_load_mnist, sizes=sizes),
-        make_model=_mnist_model,
+        load=partial(_load_images, images=images, sizes=sizes),
+        make_model=make_model,
         batch_size=batch_size,
         total_steps=steps,
         eval_every=every,
@@ -129,32 +209,50 @@ def _mnist_model(data: Data) -> nn.Module:
     return models.mnist_cnn(int(data.info["n_classes"]))
 
 
-def _load_mnist(data_dir: Path | None, *, sizes: tuple[int, int, int]) -> Data:
+def _mnist_mlp_model(data: Data) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), *models.mlp(28 * 28, [128], int(data.info["n_classes"])))
+
+
+def _cifar10_model(data: Data) -> nn.Module:
+    return models.cifar10_cnn(int(data.info["n_classes"]))
+
+
+def _load_images(data_dir: Path | None, *, images: _ImageSet, sizes: tuple[int, int, int]) -> Data:
+    source, folder = images.source, images.folder
+    name = source.dataset
     if data_dir is None:
-        paths = hub.fetch(_MNIST, "ylecun/mnist", {"train": "mnist/train-*.parquet", "test": "mnist/test-*.parquet"})
+        patterns = {split: f"{folder}/{split}-*.parquet" for split in ("train", "test")}
+        paths = hub.fetch(source, images.repo_id, patterns)
     else:
-        paths = {split: find(_MNIST, data_dir, f"{split}.parquet", f"{split}-*.parquet") for split in ("train", "test")}
-    table = read_parquet(paths["train"], "mnist", ("image", "label"))
+        # A repository downloaded as it is has its files in a folder of their own.
+        paths = {
+            split: find(source, data_dir, f"{split}.parquet", f"{split}-*.parquet", f"{folder}/{split}-*.parquet")
+            for split in ("train", "test")
+        }
+    table = read_parquet(paths["train"], name, (images.column, "label"))
     labels = np.asarray(table["label"].to_numpy())
-    # The cut into 50,000 and 10,000 comes first, so that a smaller scale takes its parts from the same sides.
-    held = len(labels) // 6
-    pool, held_out = stratified_cuts(labels, (len(labels) - held, held), "mnist")
-    train = pool[stratified_cuts(labels[pool], (sizes[0],), "mnist train")[0]] if sizes[0] < len(pool) else pool
-    val = held_out[stratified_cuts(labels[held_out], (sizes[1],), "mnist val")[0]] if sizes[1] < held else held_out
-    test_table = read_parquet(paths["test"], "mnist", ("image", "label"))
+    # The cut into train and held-out comes first, so that a smaller scale takes its parts from the same sides.
+    held = len(labels) // images.held_share
+    pool, held_out = stratified_cuts(labels, (len(labels) - held, held), name)
+    train = pool[stratified_cuts(labels[pool], (sizes[0],), f"{name} train")[0]] if sizes[0] < len(pool) else pool
+    val = held_out[stratified_cuts(labels[held_out], (sizes[1],), f"{name} val")[0]] if sizes[1] < held else held_out
+    test_table = read_parquet(paths["test"], name, (images.column, "label"))
     test_labels = np.asarray(test_table["label"].to_numpy())
-    test = stratified_cuts(test_labels, (min(sizes[2], len(test_labels)),), "mnist test")[0]
+    test = stratified_cuts(test_labels, (min(sizes[2], len(test_labels)),), f"{name} test")[0]
     return Data(
-        _images(table, labels, train),
-        _images(table, labels, val),
-        _images(test_table, test_labels, test),
+        _images(table, labels, train, images),
+        _images(table, labels, val, images),
+        _images(test_table, test_labels, test, images),
         info={"n_classes": 10},
     )
 
 
-def _images(table: Any, labels: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> Split:
+def _images(table: Any, labels: npt.NDArray[Any], rows: npt.NDArray[np.int64], images: _ImageSet) -> Split:
+    name = images.source.dataset
     if len(rows) == 0 or labels[rows].min() < 0 or labels[rows].max() > 9:
-        raise InputError("mnist: a split is empty or has labels outside 0..9; expected the digits 0 to 9")
-    pixels = decode_images(table["image"].take(rows).to_pylist(), "mnist", (28, 28))
-    inputs = torch.from_numpy(pixels).to(torch.float32).div_(255).sub_(_MNIST_MEAN).div_(_MNIST_STD)
-    return Split(inputs.unsqueeze(1), torch.from_numpy(labels[rows].astype(np.int64)))
+        raise InputError(f"{name}: a split is empty or has labels outside 0..9; expected ten classes, 0 to 9")
+    cells = table[images.column].take(rows).to_pylist()
+    pixels = decode_images(cells, name, images.size, is_colour=len(images.mean) == 3)
+    channels_last = torch.from_numpy(pixels).to(torch.float32).view(len(rows), *images.size, len(images.mean))
+    inputs = channels_last.div_(255).sub_(torch.tensor(images.mean)).div_(torch.tensor(images.std))
+    return Split(inputs.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[rows].astype(np.int64)))
