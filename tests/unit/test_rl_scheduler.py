@@ -14,7 +14,8 @@ from torch.optim import lr_scheduler
 
 import trimtab
 from toy import Toy
-from toy_scheduler import STEPS, make, replay, run
+from toy_scheduler import STEPS, flat, make, replay, run, saved
+from trimtab import brains
 from trimtab.errors import ConflictError, InputError
 
 # ---- it is a torch scheduler ----------------------------------------------------------------------------------------
@@ -359,3 +360,34 @@ def test_one_scheduler_after_another() -> None:
     assert toy.rates == [0.03]
     third = make(Toy(), total_steps=10)
     assert third.status == "running"
+
+
+# ---- the brains that we ship ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", brains.descriptions())
+def test_every_shipped_brain_moves_the_rate_and_resumes_to_the_bit(name: str) -> None:
+    whole, half = Toy("adam", 1e-4), Toy("adam", 1e-4)
+    one, first = make(whole, 100, brain=name), make(half, 100, brain=name)
+    rates = run(whole, one, 100)
+    run(half, first, 43)
+    state, moved = saved(first.state_dict(), "torch"), Toy("adam", 1e-4)
+    moved.load(half.state())
+    second = make(moved, 100, brain=name)
+    second.load_state_dict(state)
+    assert run(moved, second, 57) == rates[43:]
+    assert flat(second.state_dict()) == flat(one.state_dict())
+    assert len({decision.setting for decision in one.decisions}) > 5
+    assert all(decision.read_back == decision.written for decision in one.decisions)
+
+
+def test_a_learned_brain_hands_over_to_the_rule_outside_its_horizons() -> None:
+    for name in brains.descriptions():
+        if brains.folder_of(name) is None:
+            continue
+        toy = Toy("adam", 1e-3)
+        scheduler = make(toy, 100_000, brain=name)
+        run(toy, scheduler, 2_001)  # two of its early decisions
+        notes = {decision.note for decision in scheduler.decisions if decision.source == "agent"}
+        assert all("budget_log_steps" in note and "the rule uwhg decides" in note for note in notes)
+        assert notes
