@@ -23,7 +23,7 @@ from trimtab.tasks.small import SmallTask
 __all__ = ["MAX_RUNS", "Batch", "EpisodeOptions", "count_decisions", "draw_episode", "fitting_horizon"]
 
 # Runs that are trained as one batch: beyond it activations leave the caches.
-MAX_RUNS = {"mlp": 128, "quadratic": 128, "cnn": 64}
+MAX_RUNS = {"mlp": 128, "image_mlp": 64, "quadratic": 128, "cnn": 64}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -34,6 +35,7 @@ HELD_OUT = ("cifar10", "digits", "imdb", "mnist", "shakespeare", "sst2", "titani
 BATCH_SIZES = (8, 16, 32, 64)
 MLP_WIDTH = (4, 32)
 MLP_LAYERS = (1, 3)
+IMAGE_MLP_WIDTH = (16, 64)
 CNN_CHANNELS = (2, 8)
 CNN_LAYERS = (1, 2)
 DROPOUT = (0.05, 0.3)
@@ -60,6 +62,8 @@ _MLP_SOURCES = {
 }
 _SHARES = {
     "mlp": _MLP_SOURCES,
+    # Textures are left out: where a network has no filters, hardly anything can be learned of them.
+    "image_mlp": {"smooth-fields": 0.5, "shifted-prototypes": 0.3, "gratings": 0.2},
     "cnn": dict.fromkeys(generated_images.IMAGES, 1 / len(generated_images.IMAGES)),
     "quadratic": {"linear-regression": 1.0},
 }
@@ -119,6 +123,8 @@ def draw_task(family: str, generator: np.random.Generator, *, batch_size: int | 
     source = _choose(generator, _SHARES[family])
     sizes = draw_sizes(generator, bundled.N_ROWS.get(source))
     pool = _MAKERS[source](generator, sizes)
+    if family == "image_mlp":
+        pool = replace(pool, inputs=pool.inputs.reshape(len(pool.inputs), -1))
     is_classification = pool.targets.dtype == np.int64
     drawn = dict(pool.drawn)
     if is_classification:
@@ -170,9 +176,10 @@ def _draw_network(family: str, generator: np.random.Generator) -> Network:
     dropout = _sometimes(generator, "dropout", generator.uniform(*DROPOUT))
     if family == "quadratic":
         return Network("mlp", (), "relu")
-    if family == "mlp":
+    if family in ("mlp", "image_mlp"):
         n_layers = int(generator.integers(MLP_LAYERS[0], MLP_LAYERS[1] + 1))
-        return Network("mlp", (log_uniform_count(generator, *MLP_WIDTH),) * n_layers, activation, dropout)
+        bounds = MLP_WIDTH if family == "mlp" else IMAGE_MLP_WIDTH
+        return Network("mlp", (log_uniform_count(generator, *bounds),) * n_layers, activation, dropout)
     n_layers = int(generator.integers(CNN_LAYERS[0], CNN_LAYERS[1] + 1))
     channels = tuple(log_uniform_count(generator, *CNN_CHANNELS) for _ in range(n_layers))
     return Network("cnn", channels, activation, dropout)

@@ -112,7 +112,8 @@ class SmallTask:
     """Data, network and optimizer of a short run; rate, horizon and seeds are the run's own.
 
     Attributes:
-        family: "mlp", "cnn" or "quadratic" (a linear model with squared error).
+        family: "mlp", "image_mlp" (an MLP on flattened images), "cnn" or "quadratic" (a linear model with squared
+            error).
         source: Where its rows come from.
         kind: "classification" (cross-entropy) or "regression" (mean squared error).
         train: What is trained on; inputs (N, D) or (N, 1, H, W) float32, targets (N,) int64 classes or float32.
