@@ -26,7 +26,11 @@ Run = Mapping[str, Any]
 Runs = Mapping[str, Run]
 
 # Column of the tables -> what chooses a rate, and what is reported.
-COLUMNS = {"final": ("val", "test"), "best": ("best_val", "best_test")}
+COLUMNS = {
+    "final": ("val", "test"),
+    "best": ("best_val", "best_test"),
+    "averaged": ("kept_val", "kept_test"),  # the best ones, or the average at the end where validation prefers it
+}
 # A loss that is not finite, or more than this many times the validation loss at the run's start (the guard's own mark
 # of divergence), counts as this many times that: of every arm alike, or one diverged run would decide about a mean.
 DIVERGED = 2.0
@@ -52,8 +56,13 @@ def score(run: Run, name: str) -> float:
 
     Args:
         run: What `run_job` returned.
-        name: "val", "test", "best_val" or "best_test".
+        name: "val", "test", "best_val", "best_test", "kept_val" or "kept_test"; the last two are of the average of
+            the weights where its validation loss is the lower one, and else of the best weights.
     """
+    which, _, kind = name.rpartition("_")
+    if which == "kept":
+        is_better = score(run, "average_val") < score(run, "best_val")
+        name = f"{'average' if is_better else 'best'}_{kind}"
     limit = DIVERGED * run["val0"]
     value = run[name]
     return float(limit if value is None else min(value, limit))

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab import registry
+from trimtab.averaging import WeightAverage
 from trimtab.tasks.base import Data
 from trimtab.training.loop import TrainingLoop
 from zero_shot_suite.arms import Driver, make_driver
@@ -47,6 +48,7 @@ def run_job(job: dict[str, Any], data_dir: str | None, progress: Callable[[dict[
     Returns:
         The job's arm, rate, role and index, and: val0 (validation loss at the start), val, test (final weights),
         best_val, best_test, best_step (weights of the best validation loss; None where the arm is told of none),
+        average_val, average_test (running average of the weights at the end; None where there is none),
         curve ([optimizer step, validation loss], report seeds only), status, rollbacks, replay (of "default", which has
         a twin: what it decided), seconds (CPU). A loss that is not finite is None.
     """
@@ -62,6 +64,7 @@ def run_job(job: dict[str, Any], data_dir: str | None, progress: Callable[[dict[
     watch.look()
     while not (loop.is_over() or driver.has_given_up()):
         loss = loop.step()
+        watch.take_in()
         if loop.steps_done % task.eval_every == 0 or loop.is_over():
             watch.look()
         driver.step(loss)
@@ -86,6 +89,18 @@ class _Watch:
         self._best = (math.inf, 0)  # loss, optimizer step
         self._weights: dict[str, Tensor] | None = None
         self._n_restored = 0
+        self._average = WeightAverage(loop.optimizer, loop.model, loop.total_steps)
+        self._n_averaged = 0  # roll-backs before the average that is there
+
+    def take_in(self) -> None:
+        """After an optimizer step: let the average look at the weights, if it is time."""
+        loop, average = self._loop, self._average
+        if loop.steps_done < average.next_look:
+            return
+        if self._driver.n_restored() != self._n_averaged:
+            self._n_averaged = self._driver.n_restored()
+            average.restart()
+        average.look(loop.steps_done)
 
     def look(self) -> None:
         """Measure the validation loss, tell the arm, and keep the weights if they are the best."""
@@ -107,6 +122,8 @@ class _Watch:
             if is_restored:
                 self.curve.append((loop.steps_done, loop.evaluate("val")["loss"]))
             final = loop.evaluate("test")["loss"]
+        average = self._averaged()
+        with driver.evaluating():
             best = final
             if self._weights is None:
                 best = math.inf
@@ -120,7 +137,16 @@ class _Watch:
             "best_val": _finite(self._best[0]),
             "best_test": _finite(best),
             "best_step": self._best[1] if driver.has_best else None,
+            "average_val": _finite(average[0]),
+            "average_test": _finite(average[1]),
         }
+
+    def _averaged(self) -> tuple[float, float]:
+        """Validation and test loss of the average; not finite where there is none, after a roll-back near the end."""
+        if not self._average.is_there or self._driver.n_restored() != self._n_averaged:
+            return math.inf, math.inf
+        with self._average.applied():
+            return self._loop.evaluate("val")["loss"], self._loop.evaluate("test")["loss"]
 
 
 def _finite(loss: float) -> float | None:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from zero_shot_suite import figures
 from zero_shot_suite.arms import DRAWN, TUNED
 from zero_shot_suite.parts import SEARCHED, tuned_grid
-from zero_shot_suite.plan import COLUMNS, Job, planned_jobs, score, search_grid, tuned_rates
+from zero_shot_suite.plan import COLUMNS, DIVERGED, Job, planned_jobs, score, search_grid, tuned_rates
 from zero_shot_suite.store import Kept
 
 __all__ = ["summarize"]
@@ -36,7 +36,7 @@ GOALS = {"ratio": 1.02, "worst": 1.10, "search_equivalent": 30.0, "time_to_targe
 
 @dataclass(frozen=True)
 class _Column:
-    """One part under one way of choosing weights ("final" or "best").
+    """One part under one way of choosing weights: "final", "best" or "averaged".
 
     Attributes:
         kept: The part.
@@ -107,7 +107,7 @@ def _column(kept: Kept, column: str) -> _Column | None:
     for arm in (*DRAWN, *(f"brain:{name}" for name in kept.brains)):
         jobs = sorted((job for job in planned if job.arm == arm), key=lambda job: job.index)
         found = [runs.get(job.key) for job in jobs]
-        if any(run is None or (column == "best" and run["best_step"] is None) for run in found):
+        if any(run is None or (column != "final" and run["best_step"] is None) for run in found):
             continue  # not run, or it has no validation loss
         losses[arm] = np.array([score(run, test_name) for run in found if run is not None])
         initial_rates[arm] = [job.rate for job in jobs]
@@ -135,8 +135,8 @@ def summarize(parts: Sequence[Kept]) -> dict[str, Any]:
         parts: What is kept; a part that lacks runs of a tuned arm is named and left out.
 
     Returns:
-        head, incomplete (names), and for each of "final" and "best": parts (a list), arms (arm -> figures over
-        parts), brains (figures of all brains together; None without two), differences, goals.
+        head, incomplete (names), and for each of "final", "best" and "averaged": parts (a list), arms (arm -> figures
+        over parts), brains (figures of all brains together; None without two), differences, goals.
     """
     summary: dict[str, Any] = {"head": _head(parts), "incomplete": []}
     for column in COLUMNS:
@@ -144,7 +144,20 @@ def summarize(parts: Sequence[Kept]) -> dict[str, Any]:
         summary["incomplete"] = [name for name, item in made if item is None]
         columns = [item for _, item in made if item is not None]
         summary[column] = _over_parts(columns, column) if columns else None
+    if summary["final"] is not None:
+        _compare_averaging(summary["best"], summary["averaged"])
     return summary
+
+
+def _compare_averaging(best: dict[str, Any], averaged: dict[str, Any]) -> None:
+    """Add what averaging is worth: an arm with it over tuned cosine without."""
+    for arm, row in averaged["arms"].items():
+        pairs = [
+            (part["arms"][arm]["test_loss"] / other["tuned_cosine_loss"], part["task"])
+            for part, other in zip(averaged["parts"], best["parts"], strict=True)
+            if arm in part["arms"]
+        ]
+        row["over_best_weights"] = _mean_and_interval([ratio for ratio, _ in pairs], [task for _, task in pairs])
 
 
 def _head(parts: Sequence[Kept]) -> dict[str, Any]:
@@ -223,7 +236,7 @@ def _diverged(item: _Column, name: str) -> dict[str, int]:
 
 
 def _is_beyond(run: dict[str, Any], name: str) -> bool:
-    return run[name] is None or run[name] > score(run, name)
+    return score(run, name) >= DIVERGED * run["val0"]
 
 
 def _of(arm: str, columns: Sequence[_Column]) -> list[_Column]:

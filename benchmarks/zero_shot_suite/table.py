@@ -32,16 +32,17 @@ def render(summary: Mapping[str, Any]) -> str:
         summary: What `summary.summarize` returned.
     """
     lines = ["# One run from any learning rate, against tuned schedules", "", *_head(summary)]
-    final, best = summary["final"], summary["best"]
+    final, best, averaged = summary["final"], summary["best"], summary["averaged"]
     if final is None:
         return "\n".join([*lines, "No part is complete yet: nothing to show.", ""])
     arms = _ordered(final["arms"])
-    lines += ["", "## Over all parts", "", *_main(final, best, arms)]
+    lines += ["", "## Over all parts", "", *_main(final, best, averaged, arms)]
     lines += ["", "## Goals", "", *_goals(final)]
     lines += ["", "## By initial rate", "", *_decades(final, arms)]
     lines += ["", "## Each part, final weights", "", *_parts(final, arms)]
     lines += ["", "## Each part, final weights, over the best-tuned arm", "", *_over_best(final, arms)]
     lines += ["", "## Each part, weights of the best validation loss", "", *_parts(best, arms)]
+    lines += ["", "## Each part, the same or averaged weights", "", *_parts(averaged, arms)]
     lines += ["", "## Tuning", "", *_tuning(final)]
     lines += ["", "## One arm over another", "", *_differences(final)]
     lines += ["", "## How to read this", "", *_notes(), ""]
@@ -102,15 +103,18 @@ def _between(item: Mapping[str, Any] | None, digits: int = 3) -> str:
     return mean if ends is None else f"{mean} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
 
 
-def _main(final: Mapping[str, Any], best: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
+def _main(
+    final: Mapping[str, Any], best: Mapping[str, Any], averaged: Mapping[str, Any], arms: Sequence[str]
+) -> list[str]:
     head = ("arm", "test loss over tuned cosine", "over the best-tuned arm", "worst part: over tuned cosine",
             "worst part: over the best-tuned arm", "search-equivalent runs", "time to target",
-            "best-validation weights: over tuned cosine")  # fmt: skip
+            "best-validation weights: over tuned cosine", "the same or averaged: over tuned cosine",
+            "over tuned cosine without averaging")  # fmt: skip
     lines = [_row(head), _rule(len(head))]
     for arm in arms:
         row = final["arms"][arm]
         n = "" if row["n_parts"] == len(final["parts"]) else f" ({row['n_parts']} parts)"
-        other = best["arms"].get(arm)
+        other, mean = best["arms"].get(arm), averaged["arms"].get(arm)
         lines.append(_row((
             f"`{arm}`{n}",
             "1" if arm == "cosine" else _between(row["ratio"]),
@@ -120,6 +124,8 @@ def _main(final: Mapping[str, Any], best: Mapping[str, Any], arms: Sequence[str]
             _runs(row["search_equivalent"]),
             "never" if row["time_to_target"] is None else f"{row['time_to_target']:.2f}",
             "-" if other is None else ("1" if arm == "cosine" else _between(other["ratio"])),
+            "-" if mean is None else ("1" if arm == "cosine" else _between(mean["ratio"])),
+            "-" if mean is None else _between(mean["over_best_weights"]),
         )))  # fmt: skip
     search = final["cosine_at_random"]
     shown = ", ".join(f"{n}: {value:.3f}" for n, value in search.items())
@@ -234,6 +240,10 @@ def _notes() -> list[str]:
         "expected to end at the test loss of one run of the arm. Exact expectation over the runs of the grid, "
         "interpolated in log n, at most 256; over parts, where the geometric means are equal. Interval: bootstrap over "
         "tasks and seeds.",
+        "- **Averaged**: a running average of the weights over about the last fifth of the run, the same for every "
+        "arm, instead of the best-validation weights where its validation loss is lower (`best_state()` returns it "
+        "then). The first of the two columns is over tuned cosine with the same choice, the second over tuned cosine "
+        "with best-validation weights alone: what averaging is worth shows in the row of `cosine`.",
         "- **Time to target**: share of the budget at which a run first reached the validation loss that tuned cosine "
         "ended with from the same weights and data order; median over runs.",
         "- Other intervals: 95 %, bootstrap over tasks, the parts of one task together; none with fewer than "

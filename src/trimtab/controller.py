@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 from trimtab import registry
 from trimtab.agents.base import Agent, Array, Timing
+from trimtab.averaging import WeightAverage
 from trimtab.brain import Brain
 from trimtab.errors import InputError, unknown_name, warn
 from trimtab.hand import Hand
@@ -50,12 +52,14 @@ class Controller:
         mode: "learn": act, explore and learn. "use": act by the best known action, learn nothing. "placebo":
             decide and learn, but write nothing but the base schedule (the guard is off, so that the run equals
             the base schedule's to the bit).
+        average: Keep a running average of the weights beside them; needs the model. See `averaged`.
 
     Attributes:
         spec: The spec in use.
         agent: The agent in use.
         state: The RunState that signals and rewards read.
         last_interval: What was measured in the last interval, whatever became of it; None before the first.
+        best_is_averaged: Whether what `best_state` returns is the average of the weights.
         status: "running", "over" (budget used), "gave_up" (the guard's last word) or "conflict".
 
     Raises:
@@ -63,7 +67,7 @@ class Controller:
         ConflictError: Another scheduler is attached to the optimizer.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each by name but the first, and most of them left as they are)
         self,
         agent_or_brain: Agent | Brain | str,
         *,
@@ -76,7 +80,12 @@ class Controller:
         spec: ControlSpec | None = None,
         safety: Safety | None = None,
         mode: Literal["learn", "use", "placebo"] = "learn",
+        average: bool = False,
     ) -> None:
+        if not isinstance(average, bool):
+            raise InputError(f"average is {average!r}; expected True or False")
+        if average and model is None:
+            raise InputError("average=True needs the model: give it as model=...")
         _check(optimizer, model, total_steps, mode)
         for key, value, kind in (("spec", spec, ControlSpec), ("safety", safety, Safety)):
             if value is not None and not isinstance(value, kind):
@@ -112,6 +121,10 @@ class Controller:
         self._probe = self._meter.probe
         self._probe.needs_layers = any(name.startswith("update_to_weight_") for name in self.spec.signals)
         self._best: dict[str, Tensor] | None = None
+        self._best_val_loss = math.inf
+        self.best_is_averaged = False
+        self._average = WeightAverage(optimizer, model, total_steps) if average and model is not None else None
+        self._is_averaged = False
         self._t = 0
         self._index = 0
         self._agent_state: Any = None
@@ -184,6 +197,8 @@ class Controller:
             return []
         self._meter.add(loss)
         self._t = t
+        if self._average is not None and t >= self._average.next_look:
+            self._average.look(t)
         if t >= self._next:
             return self._decide()
         if not self._hand.follow_base(t):
@@ -211,19 +226,24 @@ class Controller:
             accuracy = to_number(given, wrong)
             if not 0 <= accuracy <= 1:
                 raise InputError(wrong)
-            self._meter.accuracy = accuracy
+            if not self._is_averaged:
+                self._meter.accuracy = accuracy
         if val_loss is None:
             return
         value = math.inf if math.isnan(value) else value
+        if not self._is_averaged:  # what is measured of other weights says nothing of how the run goes
+            self._note_val_loss(value)
+        if self.state.model is not None and math.isfinite(value) and value < self._best_val_loss:
+            self._best_val_loss, self.best_is_averaged = value, self._is_averaged
+            self._keep_best(self.state.model)
+
+    def _note_val_loss(self, value: float) -> None:
         self._meter.val_loss = value
         state = self.state
         if self._t == 0:
             state.note_val_loss(value)
-            if math.isfinite(value):
-                self._keep_best()
         elif math.isfinite(value) and not value >= state.summary.best_val_loss:
             state.summary = state.summary._replace(best_val_loss=value)
-            self._keep_best()
 
     def read_knobs(self) -> dict[str, float]:
         """Present value of each knob, read from where it acts; may wait for a device."""
@@ -240,6 +260,32 @@ class Controller:
         if self._best is None:
             raise InputError("best_state() needs a finite validation loss: call report(val_loss=...) while training")
         return {key: value.clone() for key, value in self._best.items()}
+
+    @contextmanager
+    def averaged(self, batches: Iterable[Any] | None = None) -> Iterator[None]:
+        """The model with a running average of its weights, to be evaluated, and reported where it is the better one.
+
+        A `report` inside counts for `best_state` alone: what is observed of the run stays that of its own weights.
+
+        Args:
+            batches: Train inputs, or tuples that begin with them, to measure the statistics of batch norm with;
+                needed if the model has any.
+
+        Raises:
+            InputError: There is no average, or not yet; batches are missing; `step` was called inside.
+        """
+        if self._average is None:
+            raise InputError("averaged() needs the model and average=True when the controller is made")
+        if self._is_averaged:
+            raise InputError("averaged() was entered twice; leave the first one before")
+        with self._average.applied(batches):
+            # A coming `step` finds that it is due in another status than "running": no check in those that are fine.
+            kept = self.status, self._next
+            self.status, self._next, self._is_averaged = "averaged", 0, True
+            try:
+                yield
+            finally:
+                (self.status, self._next), self._is_averaged = kept, False
 
     # ---- one decision -------------------------------------------------------------------------------------------
 
@@ -273,6 +319,7 @@ class Controller:
         else:
             if verdict.kind == "roll_back":
                 self._snapshot.restore()
+                self._restart_average()
                 self._probe.forget()
                 state.summary = before._replace(initial_val_loss=state.summary.initial_val_loss)
                 self._is_first = True
@@ -338,11 +385,16 @@ class Controller:
         else:
             self._snapshot.restore()
             kept = "the weights of the last good interval"
+        self._restart_average()
         note = f"{reason}: gave up, kept {kept}, control ended"
         _log.warning("step %d: %s", self._t, note)
         self.status = "gave_up"
         self._probe.freeze()
         self._hand.give_up(note, self._index, self._t)
+
+    def _restart_average(self) -> None:
+        if self._average is not None:
+            self._average.restart()
 
     def _is_owner(self) -> bool:
         """Whether every knob still holds what was written; else an error, or the end of control."""
@@ -354,6 +406,8 @@ class Controller:
         return conflict is None
 
     def _beyond(self) -> None:
+        if self._is_averaged:
+            raise InputError("step() was called inside averaged(): the weights are the average's; train outside of it")
         if self.status == "over" and not self._has_warned:
             self._has_warned = True
             warn(f"step() was called more often than total_steps={self.state.total_steps}; the last rate is held")
@@ -385,10 +439,7 @@ class Controller:
             self._probe.rest()
 
     @torch.no_grad()
-    def _keep_best(self) -> None:
-        model = self.state.model
-        if model is None:
-            return
+    def _keep_best(self, model: nn.Module) -> None:
         now = model.state_dict()
         if self._best is None:
             self._best = {key: value.detach().clone() for key, value in now.items()}
@@ -419,6 +470,9 @@ class Controller:
             "snapshot": self._snapshot.state_dict(),
             "meter": self._meter.state_dict(),
             "best": None if self._best is None else {key: value.clone() for key, value in self._best.items()},
+            "best_val_loss": self._best_val_loss,
+            "best_is_averaged": self.best_is_averaged,
+            "average": None if self._average is None else self._average.state_dict(),
             "agent_state": None if self._agent_state is None else [_to_list(x) for x in self._agent_state],
             "pending": None if self._pending is None else [_to_list(x) for x in self._pending],
             "learned": self.agent.state_dict(),
@@ -440,7 +494,8 @@ class Controller:
             raise InputError(f"this state lacks {', '.join(missing)}; it is torn, or of another version")
         guards = ["no roll-back" if guard is None else "roll-back" for guard in (state["guard"], self._guard)]
         totals = [state["run"]["total_steps"], self.state.total_steps]
-        for key, (theirs, ours) in (("rollback", guards), ("total_steps", totals)):
+        averages = [state["average"] is not None, self._average is not None]
+        for key, (theirs, ours) in (("rollback", guards), ("total_steps", totals), ("average", averages)):
             if theirs != ours:
                 raise InputError(
                     f"this state was saved with {key}: {theirs}, the controller has {ours}; make it with the same "
@@ -465,6 +520,9 @@ class Controller:
         self._meter.load_state_dict(state["meter"])
         best = state["best"]
         self._best = None if best is None else {key: value.to(device, copy=True) for key, value in best.items()}
+        self._best_val_loss, self.best_is_averaged = state["best_val_loss"], state["best_is_averaged"]
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
         kept = state["agent_state"]
         self._agent_state = None if kept is None else tuple(np.asarray(x) for x in kept)
         pending = state["pending"]
@@ -493,6 +551,9 @@ _STATE_KEYS = {
     "snapshot",
     "meter",
     "best",
+    "best_val_loss",
+    "best_is_averaged",
+    "average",
     "agent_state",
     "pending",
     "learned",

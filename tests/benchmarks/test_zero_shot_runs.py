@@ -35,8 +35,8 @@ def made_up(job, best_rate):
     curve = [[0, 2.0], [30, loss + 0.2], [60, loss]]
     return {
         **vars(job), "val0": 2.0, "val": loss, "test": loss, "best_val": loss, "best_test": loss, "best_step": 60,
-        "curve": curve if job.role == "report" else None, "status": "over", "rollbacks": 0,
-        "replay": {"start": job.rate}, "seconds": 0.1,
+        "average_val": loss, "average_test": loss, "curve": curve if job.role == "report" else None,
+        "status": "over", "rollbacks": 0, "replay": {"start": job.rate}, "seconds": 0.1,
     }  # fmt: skip
 
 
@@ -155,6 +155,36 @@ def test_best_weights_are_those_of_the_least_validation_loss(arm):
         assert got["best_test"] == pytest.approx(loop.evaluate("test")["loss"], rel=1e-5)
 
 
+def test_the_average_is_that_of_a_plain_loop():
+    got = run("constant", rate=0.1)
+    task = PART.task(0.1)
+    loop = TrainingLoop(task, task.load(None), seed=run_seed(PART, "report", 0))
+    average = None
+    for t in range(1, 61):
+        loop.step()
+        if t < 30:
+            continue
+        weights = [parameter.detach().double() for parameter in loop.model.parameters()]
+        share = 1.0 if average is None else 1.0 - ((t - 1) / t) ** 10
+        average = [w.clone() for w in weights] if average is None else average
+        average = [a + share * (w - a) for a, w in zip(average, weights, strict=True)]
+    with torch.no_grad():
+        for parameter, value in zip(loop.model.parameters(), average, strict=True):
+            parameter.copy_(value)
+    assert got["average_test"] == pytest.approx(loop.evaluate("test")["loss"], rel=1e-4)
+    assert got["average_val"] == pytest.approx(loop.evaluate("val")["loss"], rel=1e-4)
+    assert got["average_val"] != got["val"]
+
+
+@pytest.mark.parametrize("arm", ["uwhg", "schedule-free"])
+def test_averaging_leaves_the_run_as_it_is(monkeypatch, arm):
+    mine = run(arm)
+    monkeypatch.setattr(single._Watch, "take_in", lambda self: None)
+    other = run(arm)
+    assert other["average_val"] is None
+    assert [mine[key] for key in ("val", "test", "best_test")] == [other[key] for key in ("val", "test", "best_test")]
+
+
 def test_what_ours_returns_as_best_is_what_was_watched(monkeypatch):
     ours = run("default", rate=0.1)
     monkeypatch.setattr(arms.Driver, "best_state", lambda self: None)
@@ -260,6 +290,13 @@ def test_a_diverged_run_counts_as_twice_the_start():
     assert [score(job, name) for name in ("val", "test", "best_val", "best_test")] == [4.0, 4.0, 1.5, 4.0]
 
 
+def test_the_average_is_kept_where_its_validation_loss_is_lower():
+    job = {"val0": 2.0, "best_val": 1.5, "best_test": 1.6, "average_val": 1.4, "average_test": 1.7}
+    assert [score(job, name) for name in ("kept_val", "kept_test")] == [1.4, 1.7]
+    for worse in (1.5, None):
+        assert [score(job | {"average_val": worse}, name) for name in ("kept_val", "kept_test")] == [1.5, 1.6]
+
+
 def test_a_rate_is_chosen_by_validation_over_the_choosing_seeds():
     jobs = [Job("cosine", rate, "choose", index) for rate in (0.1, 0.2) for index in (0, 1)]
     vals = [1.0, 3.0, 1.9, 1.9]
@@ -282,7 +319,7 @@ def test_the_plan_ends_and_asks_for_each_run_once():
     assert abs(len(runs) - plan.count_jobs(PART, options, 0)) <= 5 * 4  # which takes half as many reports again
     chosen = plan.tuned_rates(PART, options, "wsd", runs)
     nearest = min(tuned_grid(PART, options), key=lambda rate: abs(np.log(rate / 0.03)))
-    assert chosen == {"final": nearest, "best": nearest}
+    assert chosen == {"final": nearest, "best": nearest, "averaged": nearest}
 
 
 def test_an_interrupted_plan_asks_for_what_is_missing():
@@ -363,6 +400,7 @@ def test_figures_of_a_part_that_is_known(tmp_path):
         if run_["arm"] in DRAWN:  # 1.5 times what tuned cosine ends at with the same seed
             loss = 1.5 * (0.1 + 0.001 * run_["index"])
             run_ |= {"val": loss, "test": loss, "best_val": loss, "best_test": loss, "curve": [[0, 2.0], [60, loss]]}
+            run_ |= {"average_val": loss / 2, "average_test": loss / 3}
         if run_["arm"] == "uwhg":
             run_ |= {"test": None, "curve": [[0, 2.0], [15, 0.1]]}
     summary = summarize([keep(tmp_path, runs, options)])
@@ -378,6 +416,11 @@ def test_figures_of_a_part_that_is_known(tmp_path):
     assert rule["ratio"]["mean"] == pytest.approx(4.0 / 0.1005)  # both runs diverged, from 2.0
     assert rule["time_to_target"] == 0.25
     assert part["diverged"] == {"uwhg": 2}
+    averaged = summary["averaged"]["arms"]
+    assert averaged["default"]["ratio"]["mean"] == pytest.approx(0.5)  # a third of 1.5 times
+    assert averaged["default"]["over_best_weights"]["mean"] == pytest.approx(0.5)
+    assert averaged["cosine"]["over_best_weights"]["mean"] == pytest.approx(1.0)
+    assert summary["best"]["arms"]["default"]["ratio"]["mean"] == pytest.approx(1.5)
     assert final["arms"]["cosine"]["time_to_target"] == 1.0
     differences = {(row["arm"], row["other"]): row["mean"] for row in final["differences"]}
     assert differences["default", "placebo:default"] == pytest.approx(1.0)

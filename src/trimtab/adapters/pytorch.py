@@ -6,6 +6,8 @@ writes is decided by a brain, not by a formula of the step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +52,7 @@ class RLScheduler(LRScheduler):
             size `repr` shows, in host memory; False keeps none and never rolls back.
         on_conflict: What to do when something else writes the rate: "error", or "warn": hand the rate back and
             end control.
+        average: With a `model`, keep a running average of the weights beside them, one more copy; see `averaged`.
 
     Raises:
         InputError: An argument is wrong, such as a rate of 0 or NaN; the message names it.
@@ -67,9 +70,12 @@ class RLScheduler(LRScheduler):
         seed: int = 0,
         rollback: bool | Literal["cpu"] = True,
         on_conflict: str = "error",
+        average: bool = True,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise InputError(f"seed is {seed!r}; expected a whole number of 0 or more")
+        if not isinstance(average, bool):
+            raise InputError(f"average is {average!r}; expected True or False")
         if not isinstance(rollback, bool) and rollback != "cpu":
             raise InputError(f"rollback is {rollback!r}; expected True, False or 'cpu'")
         if not isinstance(brain, (str, Path, Brain)):
@@ -86,6 +92,7 @@ class RLScheduler(LRScheduler):
             total_steps=total_steps,
             safety=Safety(rollback=bool(rollback), snapshot_on_cpu=rollback == "cpu", on_conflict=on_conflict),
             mode="learn" if self.brain.agent.is_learned else "use",
+            average=average if model is not None else False,
         )
         has_own_step = "step" in vars(optimizer)
         super().__init__(optimizer)
@@ -158,8 +165,33 @@ class RLScheduler(LRScheduler):
         """
         self._controller.report(val_loss, None if accuracy is None else {"accuracy": accuracy})
 
+    def averaged(self, batches: Iterable[Any] | None = None) -> AbstractContextManager[None]:
+        """The model with a running average of its weights over the last part of the run.
+
+        It is there to be evaluated, and is the model's own state again afterwards::
+
+            with scheduler.averaged():
+                scheduler.report(val_loss=evaluate(model))
+
+        What is reported inside counts for `best_state` alone, which so returns the average where it is better.
+
+        Args:
+            batches: Train inputs, or tuples that begin with them, to measure the statistics of batch norm with;
+                needed if the model has any.
+
+        Raises:
+            InputError: No `model` was given, `average` is False, nothing is averaged before half of `total_steps`,
+                or batches are missing.
+        """
+        return self._controller.averaged(batches)
+
+    @property
+    def best_is_averaged(self) -> bool:
+        """Whether what `best_state` returns is the average."""
+        return self._controller.best_is_averaged
+
     def best_state(self) -> dict[str, Tensor]:
-        """The model's `state_dict` at its best reported validation loss.
+        """The model's `state_dict` at its best reported validation loss, the average's included.
 
         Raises:
             InputError: No `model` was given, or nothing was reported.
