@@ -111,7 +111,7 @@ def test_our_recipes_are_good():
         recipe = load_recipe(name)
         assert recipe.recipe == name
         check_recipe(recipe)
-    assert load_recipe("default").tasks.families == ("mlp", "mlp", "quadratic", "cnn")
+    assert load_recipe("default").tasks.families == ("mlp", "image_mlp", "quadratic", "cnn")
 
 
 def test_what_the_caller_asks_for_replaces_what_the_recipe_says(tmp_path):

@@ -167,6 +167,22 @@ def test_networks_and_images_of_the_cnn_family_lie_within_their_ranges():
     assert {len(task.network.hidden) for task in many("cnn")} == {1, 2}
 
 
+def test_the_image_mlp_family_is_wider_networks_on_flattened_images():
+    sides = {16: 4, 36: 6, 64: 10}  # pixels -> most classes
+    for task in many("image_mlp"):
+        assert task.input_shape == (task.n_features,)
+        assert task.n_features in sides
+        assert task.n_outputs <= sides[task.n_features]
+        assert task.network.kind == "mlp"
+        assert all(16 <= width <= 64 for width in task.network.hidden)
+        assert len(set(task.network.hidden)) == 1
+        assert 0.1 <= task.drawn["pixel_noise"] <= 1.0
+        assert abs(float(task.train.inputs.mean())) < 1e-5  # standardised as a whole, as images are
+        assert float(task.train.inputs.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
+    assert {task.n_features for task in many("image_mlp")} == set(sides)
+    assert {len(task.network.hidden) for task in many("image_mlp")} == {1, 2, 3}
+
+
 def test_the_quadratic_family_is_a_linear_model_on_numbers():
     for task in many("quadratic"):
         assert task.network == Network("mlp", (), "relu")
@@ -346,7 +362,7 @@ def test_images_that_may_be_anywhere_need_a_convolution(monkeypatch, source, lea
 @pytest.mark.parametrize(("family", "source"), EVERY_SOURCE)
 def test_the_loss_falls_in_sixty_steps_of_the_ordinary_loop(family, source):
     small = first_of(family, source)
-    hidden = {"mlp": (16,), "cnn": (8,), "quadratic": ()}[family]
+    hidden = {"mlp": (16,), "image_mlp": (16,), "cnn": (8,), "quadratic": ()}[family]
     network = Network(small.network.kind, hidden, "relu")
     small = dataclasses.replace(small, network=network, optimizer="adam", weight_decay=0.0, batch_size=32)
     task, data = small.to_task(total_steps=60, lr=1e-2)
