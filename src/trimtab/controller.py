@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trimtab import registry
 from trimtab.agents.base import Agent, Array, Timing
 from trimtab.averaging import WeightAverage
+from trimtab.best_weights import BestWeights
 from trimtab.brain import Brain
 from trimtab.errors import InputError, unknown_name, warn
 from trimtab.hand import Hand
@@ -59,7 +59,6 @@ class Controller:
         agent: The agent in use.
         state: The RunState that signals and rewards read.
         last_interval: What was measured in the last interval, whatever became of it; None before the first.
-        best_is_averaged: Whether what `best_state` returns is the average of the weights.
         status: "running", "over" (budget used), "gave_up" (the guard's last word) or "conflict".
 
     Raises:
@@ -120,9 +119,7 @@ class Controller:
         self._meter.needs_spread = "loss_noise" in self.spec.signals
         self._probe = self._meter.probe
         self._probe.needs_layers = any(name.startswith("update_to_weight_") for name in self.spec.signals)
-        self._best: dict[str, Tensor] | None = None
-        self._best_val_loss = math.inf
-        self.best_is_averaged = False
+        self._best = BestWeights(model)
         self._average = WeightAverage(optimizer, model, total_steps) if average and model is not None else None
         self._is_averaged = False
         self._t = 0
@@ -233,9 +230,7 @@ class Controller:
         value = math.inf if math.isnan(value) else value
         if not self._is_averaged:  # what is measured of other weights says nothing of how the run goes
             self._note_val_loss(value)
-        if self.state.model is not None and math.isfinite(value) and value < self._best_val_loss:
-            self._best_val_loss, self.best_is_averaged = value, self._is_averaged
-            self._keep_best(self.state.model)
+        self._best.offer(value, is_averaged=self._is_averaged)
 
     def _note_val_loss(self, value: float) -> None:
         self._meter.val_loss = value
@@ -255,11 +250,12 @@ class Controller:
         Raises:
             InputError: No model was given, or no validation loss was ever reported.
         """
-        if self.state.model is None:
-            raise InputError("best_state() needs the model: give it as model=... when the controller is made")
-        if self._best is None:
-            raise InputError("best_state() needs a finite validation loss: call report(val_loss=...) while training")
-        return {key: value.clone() for key, value in self._best.items()}
+        return self._best.copy()
+
+    @property
+    def best_is_averaged(self) -> bool:
+        """Whether what `best_state` returns is the average of the weights."""
+        return self._best.is_averaged
 
     @contextmanager
     def averaged(self, batches: Iterable[Any] | None = None) -> Iterator[None]:
@@ -378,9 +374,7 @@ class Controller:
 
     def _give_up(self, reason: str) -> None:
         """Put the best weights back, and keep them: a rate of 0 moves nothing whatever the loop goes on doing."""
-        model = self.state.model
-        if model is not None and self._best is not None:
-            model.load_state_dict(self._best)
+        if self._best.put_back():
             kept = "the weights of the best validation loss"
         else:
             self._snapshot.restore()
@@ -438,15 +432,6 @@ class Controller:
         else:
             self._probe.rest()
 
-    @torch.no_grad()
-    def _keep_best(self, model: nn.Module) -> None:
-        now = model.state_dict()
-        if self._best is None:
-            self._best = {key: value.detach().clone() for key, value in now.items()}
-        else:
-            for key, value in now.items():
-                self._best[key].copy_(value)
-
     # ---- saving and going on ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -469,9 +454,7 @@ class Controller:
             "guard": None if self._guard is None else self._guard.state_dict(),
             "snapshot": self._snapshot.state_dict(),
             "meter": self._meter.state_dict(),
-            "best": None if self._best is None else {key: value.clone() for key, value in self._best.items()},
-            "best_val_loss": self._best_val_loss,
-            "best_is_averaged": self.best_is_averaged,
+            "best": self._best.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
             "agent_state": None if self._agent_state is None else [_to_list(x) for x in self._agent_state],
             "pending": None if self._pending is None else [_to_list(x) for x in self._pending],
@@ -518,9 +501,7 @@ class Controller:
             self._guard.load_state_dict(state["guard"])
         self._snapshot.load_state_dict(state["snapshot"])
         self._meter.load_state_dict(state["meter"])
-        best = state["best"]
-        self._best = None if best is None else {key: value.to(device, copy=True) for key, value in best.items()}
-        self._best_val_loss, self.best_is_averaged = state["best_val_loss"], state["best_is_averaged"]
+        self._best.load_state_dict(state["best"], device)
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         kept = state["agent_state"]
@@ -551,8 +532,6 @@ _STATE_KEYS = {
     "snapshot",
     "meter",
     "best",
-    "best_val_loss",
-    "best_is_averaged",
     "average",
     "agent_state",
     "pending",

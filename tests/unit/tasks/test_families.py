@@ -255,7 +255,7 @@ def test_inputs_are_standardised_over_train_alone(family, source):
     if source == "linear-regression":
         assert torch.allclose(train.mean(dim=0), torch.zeros(()), atol=1e-5)
         return
-    axes = (0,) if train.dim() == 2 else (0, 1, 2, 3)
+    axes = (0,) if family == "mlp" else tuple(range(train.dim()))  # the pixels of an image together
     assert torch.allclose(train.mean(dim=axes), torch.zeros(()), atol=1e-5)
     # scikit-learn may make features that depend on others, but none that is constant
     assert torch.allclose(train.std(dim=axes, correction=0), torch.ones(()), atol=1e-5)
@@ -429,7 +429,7 @@ def test_no_source_is_a_data_set_that_controllers_are_judged_on():
 
 
 def test_an_unknown_family_is_named_with_what_is_near():
-    text = r"unknown family of tasks 'mpl'; did you mean 'mlp'\? known: cnn, mlp, quadratic"
+    text = r"unknown family of tasks 'mpl'; did you mean 'mlp'\? known: cnn, image_mlp, mlp, quadratic"
     with pytest.raises(UnknownNameError, match=text):
         draw_tasks("mpl", 1, seed=0)
     with pytest.raises(UnknownNameError, match=text):
