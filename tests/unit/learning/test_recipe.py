@@ -88,8 +88,8 @@ def test_agents_of_evolution_cannot_be_joined_and_its_runs_come_in_populations(t
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("defualt", "unknown recipe 'defualt'; did you mean 'default'? known: default, smoke"),
-        ("nowhere.yaml", "there is no recipe file nowhere.yaml; give a file that is there, or one of: default, smoke"),
+        ("defualt", "unknown recipe 'defualt'; did you mean 'default'? known: default, default-open, smoke"),
+        ("nowhere.yaml", "there is no recipe file nowhere.yaml; give a file that is there, or one of: default, default-open, smoke"),
     ],
 )
 def test_a_recipe_that_is_not_there(tmp_path, monkeypatch, name, text):
@@ -106,12 +106,16 @@ def test_an_empty_file_is_called_a_recipe(tmp_path):
 
 
 def test_our_recipes_are_good():
-    assert list(recipe_names()) == ["default", "smoke"]
+    assert list(recipe_names()) == ["default", "default-open", "smoke"]
     for name in recipe_names():
         recipe = load_recipe(name)
         assert recipe.recipe == name
         check_recipe(recipe)
-    assert load_recipe("default").tasks.families == ("mlp", "image_mlp", "quadratic", "cnn")
+    closed, free = load_recipe("default"), load_recipe("default-open")
+    assert closed.tasks == free.tasks
+    assert closed.tasks.families == ("mlp", "image_mlp", "quadratic", "cnn")
+    assert free.spec.base == "constant"
+    assert [name for name in SIGNALS if name not in free.spec.signals] == ["progress", "budget_log_steps"]
 
 
 def test_what_the_caller_asks_for_replaces_what_the_recipe_says(tmp_path):
