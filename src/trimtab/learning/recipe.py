@@ -132,7 +132,7 @@ class Recipe(Strict):
 def recipe_names() -> dict[str, Path]:
     """The recipes that come with trimtab: name -> file."""
     folder = Path(str(resources.files("trimtab.learning") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def load_recipe(
