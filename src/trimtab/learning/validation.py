@@ -29,7 +29,19 @@ from trimtab.seeding import derive_seed
 from trimtab.spec import ControlSpec, make_agent
 from trimtab.storage import read_json, write_json
 
-__all__ = ["RIVALS", "Episodes", "compare", "overall", "plan_episodes", "play", "play_rival", "rivals_of", "validate"]
+__all__ = [
+    "RIVALS",
+    "Episodes",
+    "Played",
+    "compare",
+    "log_ratios",
+    "overall",
+    "plan_episodes",
+    "play",
+    "play_rival",
+    "rivals_of",
+    "validate",
+]
 
 RIVALS = ("uwhg", "cosine")
 LOWEST, HIGHEST = 1e-3, 1e2  # see the head of this file
@@ -196,19 +208,35 @@ def compare(mine: Played, rivals: Mapping[str, Played]) -> Table:
         numbers: dict[str, float] = {}
         others = []
         for name, played in rivals.items():
-            if played[family]["task"] != rows["task"]:
-                raise InputError(f"rival {name!r} did not play the same tasks of family {family!r}; play it anew")
-            theirs = np.array(played[family]["loss"])
-            logs = np.log([losses[tasks == task].mean() / theirs[tasks == task].mean() for task in np.unique(tasks)])
+            logs = log_ratios(mine, played, family, name)
             numbers[f"ratio_{name}"] = float(np.exp(logs.mean()))
             numbers[f"log_se_{name}"] = float(logs.std(ddof=1) / np.sqrt(len(logs))) if len(logs) > 1 else 0.0
-            others.append(theirs)
+            others.append(np.array(played[family]["loss"]))
         ranks = 1.0 + sum((other < losses) + 0.5 * (other == losses) for other in others)
         numbers["mean_rank"] = float(np.mean(ranks))
         numbers["rolled_back"] = float(np.mean(rows["rolled_back"]))
         numbers["n_tasks"], numbers["n_runs"] = len(np.unique(tasks)), len(tasks)
         table[family] = numbers
     return table
+
+
+def log_ratios(mine: Played, theirs: Played, family: str, name: str) -> Array:
+    """Of each task of a family, in the order of their numbers: log(mean loss over runs / the other's mean loss); (T,).
+
+    Args:
+        mine: What one agent played.
+        theirs: What the other played.
+        family: The family.
+        name: What the other is called, for errors.
+
+    Raises:
+        InputError: The other played other tasks.
+    """
+    rows, others = mine[family], theirs[family]
+    if others["task"] != rows["task"]:
+        raise InputError(f"rival {name!r} did not play the same tasks of family {family!r}; play it anew")
+    tasks, losses, rival = np.array(rows["task"]), np.array(rows["loss"]), np.array(others["loss"])
+    return np.log([losses[tasks == task].mean() / rival[tasks == task].mean() for task in np.unique(tasks)])
 
 
 def overall(table: Mapping[str, Mapping[str, float]], families: Sequence[str], name: str = "ratio_uwhg") -> float:
