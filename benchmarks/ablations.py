@@ -14,9 +14,9 @@ return of `full` against what was trained, with the interval over its learners a
 The same command goes on where it was stopped: variants that are complete are not learned again, and the table is
 written anew after each. --hold-out takes families from training and the choice, of every variant.
 
-Budget: `default` takes 5.9 to 7.0 CPU seconds for an iteration (four learners of 134 to 200 iterations, on a busy
-machine), so five learners of 200 iterations, with their validations, about 2 CPU hours a variant and 28 for all 14:
-half of it in hours with two workers on two free cores. `--iterations 60 --num-envs 128` is about a seventh of it.
+Budget, extrapolated: an iteration of `default` took 5.9 to 7.0 CPU seconds and a validation 21 to 25 (four learners of
+134 to 200 iterations, on a busy machine). Five learners of 200 iterations are then about 2 CPU hours a variant and 29
+for all 14, half as many hours with two workers on two free cores; `--iterations 60 --num-envs 128` is about a fifth.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from ablation_suite.figures import LEAST_SEEDS
 from ablation_suite.picture import draw
-from ablation_suite.playing import PLAYED, RULE, asked, joint_episodes, joint_timings, kept_play
+from ablation_suite.playing import PLAYED, RULE, asked, kept_play, make_episodes
 from ablation_suite.summary import summarize
 from ablation_suite.table import render
 from ablation_suite.variants import Variant, make_full, make_variants, variant_names
 from rich.console import Console
 
 from trimtab import machine
-from trimtab.agents.base import Timing
 from trimtab.brain import Brain
 from trimtab.errors import InputError, RunFailedError, TrimtabError, unknown_name
 from trimtab.executors import Event, Executor, make_executor
@@ -62,7 +61,6 @@ class Plan:
         impossible: Those that it has not, and why.
         out: Folder of the ablations.
         root_seed: Root seed, the same for all variants.
-        timings: Times of decision of all who play.
     """
 
     full: Recipe
@@ -70,7 +68,6 @@ class Plan:
     impossible: Mapping[str, str]
     out: Path
     root_seed: int
-    timings: tuple[Timing, ...]
 
     def kept(self, name: str) -> dict[str, Any] | None:
         """What was played for a variant, or the rule; None where it was not, or not as it would be played now."""
@@ -79,7 +76,7 @@ class Plan:
     def asked(self, name: str) -> dict[str, Any]:
         """What a play depends on."""
         recipe = self.full if name == RULE else self.variants[name].recipe
-        return asked(joint_episodes(self.full, self.timings, self.root_seed), recipe)
+        return asked(make_episodes(self.full, self.root_seed), recipe)
 
     def is_learned(self, name: str) -> bool:
         """Whether a variant was learned to the end, by its recipe and seed."""
@@ -110,11 +107,7 @@ def play_missing(plan: Plan, executor: Executor) -> None:
     Raises:
         RunFailedError: An agent could not play.
     """
-    job = {
-        "full": plan.full.to_json(),
-        "timings": [asdict(timing) for timing in plan.timings],
-        "seed": plan.root_seed,
-    }
+    job = {"full": plan.full.to_json(), "seed": plan.root_seed}
     results: dict[str, dict[str, Any]] = {}
 
     def on_event(event: Event) -> None:
@@ -213,9 +206,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     """
     full = read_recipe(arguments)
     variants, impossible = make_variants(full)
-    timings = joint_timings([variant.recipe for variant in variants.values()], full)
     out = arguments.out or Path("runs") / f"ablations-{'quick' if arguments.quick else full.recipe}"
-    return Plan(full, variants, impossible, out.absolute(), arguments.seed, timings)
+    return Plan(full, variants, impossible, out.absolute(), arguments.seed)
 
 
 def run(arguments: argparse.Namespace) -> None:

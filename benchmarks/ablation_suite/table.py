@@ -103,14 +103,14 @@ def _notes(page: Mapping[str, Any], n_compared: int) -> list[str]:
         "best`, as all variants are: the rule that decides outside what was learned on needs signals that some of them "
         "do not observe, and an ensemble would leave one value instead of one for each learner.",
         "- All variants, and `uwhg` (over the base schedule of `full`), played the same episodes: tasks, data order, "
-        "initial weights and rates, and budgets, which fit the times of decision of all of them. No agent was watched "
-        "or chosen on these. Of each learner it is the agent that `trimtab learn` would choose: the last, or the best "
-        "one on the way, by the tasks of the choice.",
+        "initial weights and rates, and budgets. No agent was watched or chosen on these. (The tasks of the choice "
+        "are not the same for variants that decide at other times: their budgets differ.) Of each learner it is the "
+        "agent that `trimtab learn` would choose by those: the last, or the best one on the way.",
         f"- In brackets: 95 % intervals over learners and tasks (Student's t; {LEAST_SEEDS} learners and {LEAST_TASKS} "
         "tasks of each family at least), or in parentheses the range over learners. They speak of other seeds and "
         f"other tasks of these families, not of other families. Each is for itself: of {max(1, n_compared)} variants "
         f"that change nothing, {0.05 * max(1, n_compared):.2g} are expected to have an interval without 1.",
         "- Learners are paired: number i of a variant draws from the same seed as number i of `full`.",
         "- The picture shows the tasks on which learners were watched; there budgets of variants that decide at other "
-        "times may differ by a few steps.",
+        "times differ, of short runs without early decisions by many steps.",
     ]

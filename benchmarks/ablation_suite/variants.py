@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trimtab.envs.episodes import fitting_horizon
 from trimtab.errors import InputError, unknown_name
-from trimtab.learning.parts import check_recipe, make_spec
+from trimtab.learning.parts import check_recipe, make_spec, validation_options
 from trimtab.learning.recipe import Recipe
+from trimtab.learning.validation import plan_episodes
 
 __all__ = ["FEATURES", "FULL", "Variant", "make_full", "make_variants", "variant_names"]
 
@@ -105,6 +107,7 @@ def make_variants(full: Recipe) -> tuple[dict[str, Variant], dict[str, str]]:
         try:
             variant = Recipe.model_validate(data)
             check_recipe(variant)
+            _check_budgets(variant)
         except InputError as error:
             missing[name] = str(error)
             continue
@@ -139,6 +142,15 @@ def _catalogue() -> dict[str, tuple[str, str, _Change]]:
         "residual": ("structure", "half the move, added to the rule uwhg's; its early decisions are seven", _residual),
         "no-early": ("structure", "no short decisions at the start", _no_early),
     }
+
+
+def _check_budgets(recipe: Recipe) -> None:
+    """Refuse times of decision that fit no budget together with the rivals': better now than after hours."""
+    part = recipe.validate_on
+    options = validation_options(recipe)
+    plan = plan_episodes(make_spec(recipe), options, num_envs=part.num_envs, episodes=part.episodes, seed=0)
+    for total_steps in options.horizon:
+        fitting_horizon(total_steps, *plan.timings)
 
 
 def _reward(data: dict[str, Any], gamma: float) -> None:

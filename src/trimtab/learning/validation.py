@@ -39,6 +39,7 @@ __all__ = [
     "plan_episodes",
     "play",
     "play_rival",
+    "play_to_end",
     "rivals_of",
     "validate",
 ]
@@ -159,18 +160,26 @@ def play(agent: Agent, spec: ControlSpec, plan: Episodes) -> Played:
         rows: dict[str, list[float]] = {"task": [], "loss": [], "rolled_back": []}
         for episode in range(plan.episodes):
             seed = derive_seed(plan.seed, family, episode, "of tasks")
-            infos, undone = _play_one(agent, envs, seed)
+            found = play_to_end(agent, envs, *envs.reset(seed=seed))
             # Tasks are numbered within an episode; in one number with it they are told apart everywhere.
-            rows["task"] += (episode * plan.num_envs + np.asarray(infos["group"])).tolist()
-            rows["loss"] += _clip(infos["score_loss"]).tolist()
-            rows["rolled_back"] += undone.astype(float).tolist()
+            rows["task"] += [episode * plan.num_envs + task for task in found["task"]]
+            rows["loss"] += found["loss"]
+            rows["rolled_back"] += found["rolled_back"]
         played[family] = rows
     return played
 
 
-def _play_one(agent: Agent, envs: TrainingVectorEnv, seed: int) -> tuple[dict[str, Any], Array]:
-    """One episode: the last infos, and in which runs something was undone, (R,)."""
-    observation, infos = envs.reset(seed=seed)
+def play_to_end(
+    agent: Agent, envs: TrainingVectorEnv, observation: Array, infos: Mapping[str, Any]
+) -> dict[str, list[float]]:
+    """Play an episode that has just begun; rows as those of a family in `play`, tasks numbered within the episode.
+
+    Args:
+        agent: Acts with `deterministic=True`.
+        envs: The environment.
+        observation: What its `reset` or `begin` returned; (R, S).
+        infos: And beside it.
+    """
     undone = np.asarray(infos["rolled_back"])
     state, starts, terminated = None, np.ones(envs.num_envs, np.bool_), np.zeros(envs.num_envs, np.bool_)
     while not terminated.any():  # all end together
@@ -178,7 +187,11 @@ def _play_one(agent: Agent, envs: TrainingVectorEnv, seed: int) -> tuple[dict[st
         observation, _, terminated, _, infos = envs.step(actions)
         undone = undone | np.asarray(infos["rolled_back"])
         starts = np.zeros(envs.num_envs, np.bool_)
-    return infos, undone
+    return {
+        "task": np.asarray(infos["group"]).tolist(),
+        "loss": _clip(infos["score_loss"]).tolist(),
+        "rolled_back": undone.astype(float).tolist(),
+    }
 
 
 def _clip(losses: Any) -> Array:
