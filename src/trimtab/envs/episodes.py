@@ -24,6 +24,9 @@ __all__ = ["MAX_RUNS", "Batch", "EpisodeOptions", "count_decisions", "draw_episo
 
 # Runs that are trained as one batch: beyond it activations leave the caches.
 MAX_RUNS = {"mlp": 128, "image_mlp": 64, "quadratic": 128, "cnn": 64}
+# A budget may be moved by so many steps, or by its own length. Decisions of two agents may fit no short budget: the
+# first that fits both 20 with none before them and 20 with seven before is 134 steps.
+_REACH = 256
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def fitting_horizon(total_steps: int, *timings: Timing) -> int:
                 f"timing has every={timing.every!r}; batches of runs need every=None, shares of the budget"
             )
     wanted = [timing.early_decisions + timing.n_decisions for timing in timings]
-    for distance in range(total_steps):
+    for distance in range(max(total_steps, _REACH)):
         for candidate in (total_steps + distance, total_steps - distance):
             if candidate > 0 and [count_decisions(candidate, timing) for timing in timings] == wanted:
                 return candidate

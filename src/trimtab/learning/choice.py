@@ -14,7 +14,7 @@ from trimtab.errors import InputError
 from trimtab.learning.recipe import Recipe
 from trimtab.storage import read_json
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "choose", "choose_of_learner"]
 
 ENSEMBLE = "ensemble"
 
@@ -62,3 +62,20 @@ def choose(recipe: Recipe, out: Path) -> Choice:
     if recipe.choose == "ensemble":
         why = f"the recipe asks for the ensemble; its final loss is {best['criterion']:.3f} of uwhg's on {families}"
     return Choice(best["name"], tuple(best["brains"]), why, tuple(rows))
+
+
+def choose_of_learner(out: Path, learner: str) -> str:
+    """Folder, relative to `out`, of the better one of a learner's two agents; the last one, where both are equal.
+
+    Args:
+        out: Folder of `learn`, with the learner's candidates in it.
+        learner: Name of its folder, "seed-N".
+
+    Raises:
+        InputError: Neither was judged.
+    """
+    paths = {which: out / "candidates" / f"{learner}-{which}.json" for which in ("last", "best")}
+    criteria = {which: read_json(path)["criterion"] for which, path in paths.items() if path.is_file()}
+    if not criteria:
+        raise InputError(f"{out / 'candidates'} holds no candidate of {learner}; judge its agents first")
+    return f"{learner}/{min(criteria, key=lambda which: criteria[which])}"

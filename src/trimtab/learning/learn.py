@@ -156,6 +156,7 @@ class _Maker:
         Raises:
             RunFailedError: Something failed; the message names all that did.
         """
+        from trimtab.learning.choice import choose_of_learner
         from trimtab.learning.teach import CHOOSING, WATCHING
         from trimtab.learning.validation import RIVALS
 
@@ -175,7 +176,7 @@ class _Maker:
             self._do(executor, learners)
             self._do(executor, self._singles(learners))
             if n_joined:
-                brains = [self._better(name) for name in learners]
+                brains = [choose_of_learner(self._out, name) for name in learners]
                 self._do(executor, {"ensemble": {"kind": "judge", "name": "ensemble", "brains": brains}})
 
     def _singles(self, learners: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -217,12 +218,6 @@ class _Maker:
             else:
                 self._results[event.key] = event.data
             self._display.over(event.key)
-
-    def _better(self, learner: str) -> str:
-        """Which of a learner's two agents is better on the tasks of the choice; the last one, where both are equal."""
-        judged = {which: self._results.get(f"{learner}-{which}") for which in ("last", "best")}
-        criteria = {which: row["criterion"] for which, row in judged.items() if row is not None}
-        return f"{learner}/{min(criteria, key=lambda which: criteria[which])}"
 
 
 def _conclude(recipe: Recipe, out: Path, plan: Mapping[str, Any], display: Display) -> Learned:

@@ -55,12 +55,13 @@ def _text(recipe: Recipe, provenance: Mapping[str, Any]) -> str:
         "![Return and loss relative to uwhg's against decisions taken](plots/curves.png)",
         "Thin lines are learners, thick ones their mean"
         + (
-            ", bands its 95 % interval."
+            ", bands its 95 % interval (Student's t over learners)."
             if recipe.seeds >= curves.LEAST_SEEDS
             else "; five learners or more have a band."
         )
-        + " These are other validation tasks than those above, the same at every look. The return shown is that of "
-        "validation, 1 - rank / 2; in training, with ranks among its own runs as the reward, its mean is always 0.",
+        + " Ratios are averaged as logarithms; families that were held out are dashed. These are other validation "
+        "tasks than those above, the same at every look. The return shown is that of validation, "
+        "1 - rank / 2; in training, with ranks among its own runs as the reward, its mean is always 0.",
         "## Cost",
         f"{cost['cpu_s']:.0f} CPU seconds in all; {cost['networks']} small networks trained for "
         f"{cost['optimizer_steps']} optimizer steps in all; the slowest learner took "

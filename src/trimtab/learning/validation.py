@@ -29,7 +29,20 @@ from trimtab.seeding import derive_seed
 from trimtab.spec import ControlSpec, make_agent
 from trimtab.storage import read_json, write_json
 
-__all__ = ["RIVALS", "Episodes", "compare", "overall", "plan_episodes", "play", "play_rival", "rivals_of", "validate"]
+__all__ = [
+    "RIVALS",
+    "Episodes",
+    "Played",
+    "compare",
+    "log_ratios",
+    "overall",
+    "plan_episodes",
+    "play",
+    "play_rival",
+    "play_to_end",
+    "rivals_of",
+    "validate",
+]
 
 RIVALS = ("uwhg", "cosine")
 LOWEST, HIGHEST = 1e-3, 1e2  # see the head of this file
@@ -147,18 +160,26 @@ def play(agent: Agent, spec: ControlSpec, plan: Episodes) -> Played:
         rows: dict[str, list[float]] = {"task": [], "loss": [], "rolled_back": []}
         for episode in range(plan.episodes):
             seed = derive_seed(plan.seed, family, episode, "of tasks")
-            infos, undone = _play_one(agent, envs, seed)
+            found = play_to_end(agent, envs, *envs.reset(seed=seed))
             # Tasks are numbered within an episode; in one number with it they are told apart everywhere.
-            rows["task"] += (episode * plan.num_envs + np.asarray(infos["group"])).tolist()
-            rows["loss"] += _clip(infos["score_loss"]).tolist()
-            rows["rolled_back"] += undone.astype(float).tolist()
+            rows["task"] += [episode * plan.num_envs + task for task in found["task"]]
+            rows["loss"] += found["loss"]
+            rows["rolled_back"] += found["rolled_back"]
         played[family] = rows
     return played
 
 
-def _play_one(agent: Agent, envs: TrainingVectorEnv, seed: int) -> tuple[dict[str, Any], Array]:
-    """One episode: the last infos, and in which runs something was undone, (R,)."""
-    observation, infos = envs.reset(seed=seed)
+def play_to_end(
+    agent: Agent, envs: TrainingVectorEnv, observation: Array, infos: Mapping[str, Any]
+) -> dict[str, list[float]]:
+    """Play an episode that has just begun; rows as those of a family in `play`, tasks numbered within the episode.
+
+    Args:
+        agent: Acts with `deterministic=True`.
+        envs: The environment.
+        observation: What its `reset` or `begin` returned; (R, S).
+        infos: And beside it.
+    """
     undone = np.asarray(infos["rolled_back"])
     state, starts, terminated = None, np.ones(envs.num_envs, np.bool_), np.zeros(envs.num_envs, np.bool_)
     while not terminated.any():  # all end together
@@ -166,7 +187,11 @@ def _play_one(agent: Agent, envs: TrainingVectorEnv, seed: int) -> tuple[dict[st
         observation, _, terminated, _, infos = envs.step(actions)
         undone = undone | np.asarray(infos["rolled_back"])
         starts = np.zeros(envs.num_envs, np.bool_)
-    return infos, undone
+    return {
+        "task": np.asarray(infos["group"]).tolist(),
+        "loss": _clip(infos["score_loss"]).tolist(),
+        "rolled_back": undone.astype(float).tolist(),
+    }
 
 
 def _clip(losses: Any) -> Array:
@@ -196,19 +221,35 @@ def compare(mine: Played, rivals: Mapping[str, Played]) -> Table:
         numbers: dict[str, float] = {}
         others = []
         for name, played in rivals.items():
-            if played[family]["task"] != rows["task"]:
-                raise InputError(f"rival {name!r} did not play the same tasks of family {family!r}; play it anew")
-            theirs = np.array(played[family]["loss"])
-            logs = np.log([losses[tasks == task].mean() / theirs[tasks == task].mean() for task in np.unique(tasks)])
+            logs = log_ratios(mine, played, family, name)
             numbers[f"ratio_{name}"] = float(np.exp(logs.mean()))
             numbers[f"log_se_{name}"] = float(logs.std(ddof=1) / np.sqrt(len(logs))) if len(logs) > 1 else 0.0
-            others.append(theirs)
+            others.append(np.array(played[family]["loss"]))
         ranks = 1.0 + sum((other < losses) + 0.5 * (other == losses) for other in others)
         numbers["mean_rank"] = float(np.mean(ranks))
         numbers["rolled_back"] = float(np.mean(rows["rolled_back"]))
         numbers["n_tasks"], numbers["n_runs"] = len(np.unique(tasks)), len(tasks)
         table[family] = numbers
     return table
+
+
+def log_ratios(mine: Played, theirs: Played, family: str, name: str) -> Array:
+    """Of each task of a family, in the order of their numbers: log(mean loss over runs / the other's mean loss); (T,).
+
+    Args:
+        mine: What one agent played.
+        theirs: What the other played.
+        family: The family.
+        name: What the other is called, for errors.
+
+    Raises:
+        InputError: The other played other tasks.
+    """
+    rows, others = mine[family], theirs[family]
+    if others["task"] != rows["task"]:
+        raise InputError(f"rival {name!r} did not play the same tasks of family {family!r}; play it anew")
+    tasks, losses, rival = np.array(rows["task"]), np.array(rows["loss"]), np.array(others["loss"])
+    return np.log([losses[tasks == task].mean() / rival[tasks == task].mean() for task in np.unique(tasks)])
 
 
 def overall(table: Mapping[str, Mapping[str, float]], families: Sequence[str], name: str = "ratio_uwhg") -> float:

@@ -131,6 +131,12 @@ def test_horizons_are_log_uniform_and_fit_the_timing() -> None:
     assert np.log(drawn).mean() == pytest.approx((np.log(50) + np.log(2000)) / 2, abs=0.2)
 
 
+def test_a_short_budget_may_be_moved_by_more_than_its_length() -> None:
+    plain, rule = (Timing(every=None, n_decisions=20, early_decisions=early) for early in (0, 7))
+    assert fitting_horizon(50, plain, rule) == 134  # twice 50 is not far enough
+    assert (count_decisions(134, plain), count_decisions(134, rule)) == (20, 27)
+
+
 @pytest.mark.parametrize("total_steps", [50, 61, 300, 777, 2000])
 def test_fitting_horizons_are_near(total_steps: int) -> None:
     fitted = fitting_horizon(total_steps, default_spec().timing)
