@@ -16,7 +16,7 @@ from trimtab.agents.base import Array
 from trimtab.envs.batched import TrainingVectorEnv
 from trimtab.errors import InputError
 
-__all__ = ["Ranges", "WatchedEnv", "joined_ranges"]
+__all__ = ["MARGIN", "Ranges", "WatchedEnv", "joined_ranges"]
 
 Ranges = dict[str, list[float]]
 
@@ -70,6 +70,16 @@ class WatchedEnv(TrainingVectorEnv):
         self._low, self._high = np.array(low), np.array(high)
 
 
+# Of a range's width, to each side: the longest of some thousand horizons drawn from 50..2000 was 1990, and a run of 2000
+# steps is not another kind of run.
+MARGIN = 0.05
+
+
 def joined_ranges(parts: Sequence[Mapping[str, Sequence[float]]]) -> Ranges:
-    """What some of several agents have seen: of each signal the lowest and the highest value of all."""
-    return {name: [min(part[name][0] for part in parts), max(part[name][1] for part in parts)] for name in parts[0]}
+    """What some of several agents have seen: of each signal the lowest and the highest value of all, and a margin."""
+    joined = {}
+    for name in parts[0]:
+        low, high = min(part[name][0] for part in parts), max(part[name][1] for part in parts)
+        margin = MARGIN * (high - low)
+        joined[name] = [low - margin, high + margin]
+    return joined

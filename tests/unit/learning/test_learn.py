@@ -19,7 +19,7 @@ from trimtab.learning.curves import mean_and_interval
 from trimtab.learning.learn import learn
 from trimtab.learning.provenance import check_provenance
 from trimtab.learning.recipe import load_recipe
-from trimtab.learning.watching import WatchedEnv
+from trimtab.learning.watching import WatchedEnv, joined_ranges
 from trimtab.progress import Silent
 from trimtab.storage import read_json, read_lines
 
@@ -158,6 +158,13 @@ def test_ranges_go_on_from_what_was_kept():
     assert other.ranges()["last_move"] == kept["last_move"]
     with pytest.raises(InputError, match="ranges of progress; expected those of progress, budget_log_steps"):
         other.load_ranges({"progress": [0, 1]})
+
+
+def test_ranges_of_several_are_joined_with_a_margin():
+    joined = joined_ranges(
+        [{"progress": [0.0, 1.0], "last_move": [-1.0, 0.0]}, {"progress": [0.1, 0.5], "last_move": [0.0, 3.0]}]
+    )
+    assert joined == {"progress": [-0.05, 1.05], "last_move": [pytest.approx(-1.2), pytest.approx(3.2)]}
 
 
 class Interrupts(Silent):

@@ -89,7 +89,10 @@ def test_agents_of_evolution_cannot_be_joined_and_its_runs_come_in_populations(t
     ("name", "text"),
     [
         ("defualt", "unknown recipe 'defualt'; did you mean 'default'? known: default, default-open, smoke"),
-        ("nowhere.yaml", "there is no recipe file nowhere.yaml; give a file that is there, or one of: default, default-open, smoke"),
+        (
+            "nowhere.yaml",
+            "there is no recipe file nowhere.yaml; give a file that is there, or one of: default, default-open, smoke",
+        ),
     ],
 )
 def test_a_recipe_that_is_not_there(tmp_path, monkeypatch, name, text):
