@@ -100,7 +100,8 @@ def test_brains_of_other_agents(tmp_path: Path, name: str) -> None:
 
 def test_the_shipped_brains() -> None:
     default, free = Brain.load("default"), Brain.load("default-open")
-    assert default.agent.name == free.agent.name == "uwhg"
+    assert (default.agent.name, free.agent.name) == ("ppo", "uwhg")
+    assert default.provenance["command"] == "trimtab learn default --seed 0"
     assert (default.spec.base.name, free.spec.base.name) == ("cosine", "constant")
     with pytest.raises(BrainError, match=r"no brain in defaults: .*or 'default'"):
         Brain.load("defaults")

@@ -166,7 +166,7 @@ def test_states_of_something_else_are_refused() -> None:
     with pytest.raises(InputError, match=r"this is no state of an RLScheduler: it has the keys \['T_max'"):
         scheduler.load_state_dict(cosine)
     other = make(Toy(), brain=replay(0.1)).state_dict()
-    with pytest.raises(InputError, match="this state is of the agent 'replay', the controller has 'uwhg'"):
+    with pytest.raises(InputError, match="this state is of the agent 'replay', the controller has 'ppo'"):
         scheduler.load_state_dict(other)
     longer = make(Toy(), total_steps=77).state_dict()
     with pytest.raises(InputError, match="saved with total_steps: 77, the controller has 40"):

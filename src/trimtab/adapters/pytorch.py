@@ -44,8 +44,8 @@ class RLScheduler(LRScheduler):
         optimizer: Its param groups' rates are moved together, their ratios kept. A tensor rate is filled in place.
         total_steps: Calls of `step` that are planned; beyond them the last rate is held, with one warning. None:
             the horizon is unknown, and nothing decays towards an end.
-        brain: "default" (until a learned one is shipped, the rule `uwhg`), a folder that `Brain.save` wrote, or a
-            Brain. One that learns (a Q-table) goes on learning here; it is `scheduler.brain`.
+        brain: "default" (learned; without `total_steps` the rule `uwhg`, which needs no end), a folder that
+            `Brain.save` wrote, or a Brain. One that learns (a Q-table) goes on learning here; it is `scheduler.brain`.
         model: Lets buffers (batch norm) take part in roll-backs, and makes `best_state` possible.
         seed: Seed of the brain's exploration, for brains that explore; the default one draws nothing.
         rollback: Watch for divergence and roll back to the start of the interval; "cpu" keeps the snapshot, whose

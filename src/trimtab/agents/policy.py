@@ -96,6 +96,8 @@ class PolicyAgent(Agent):
         self._ranges = _checked_ranges(self.name, ranges, self.features.signals)
         low, high = zip(*[self._ranges.get(name, (-np.inf, np.inf)) for name in self.features.signals], strict=True)
         self._low, self._high = np.array(low), np.array(high)
+        seen = self.features.signals
+        self._ratio_column = seen.index("update_to_weight") if "update_to_weight" in seen else None
         self._rule: UWHG | None = None
         self._rule_columns: list[int] = []
         if residual or self._ranges:
@@ -196,17 +198,28 @@ class PolicyAgent(Agent):
         Returns:
             The actions (R, K), within the actions' bounds, and the state to hand in next time.
         """
+        self.note = ""
         if self._rule is None:
-            return moves, state
+            return self._hold_where_blind(moves, observation), state
         proposed, state = self._rule.predict(observation[:, self._rule_columns], state, episode_start)
         actions = moves
         if self._share_of_rule:
             actions = RESIDUAL_SHARE * moves
             actions[:, :1] += proposed  # the first knob is the rate, of which alone the rule speaks
-        self.note = ""
         if self._ranges:
             actions = self._trust(actions, proposed, observation)
+        actions = self._hold_where_blind(actions, observation)
         return np.minimum(np.maximum(actions, self.moves[0]), self.moves[-1]), state
+
+    def _hold_where_blind(self, actions: Array, observation: Array) -> Array:
+        """The actions, and 0 where a gradient scaler skipped every step, or gradients are sparse: nothing is known."""
+        if self._ratio_column is None:
+            return actions
+        is_blind = observation[:, self._ratio_column] == 0.0  # exactly 0 only where it was not measured
+        if not is_blind.any():
+            return actions
+        self.note = "no update was measured: nothing moves"
+        return np.where(is_blind[:, None], 0.0, actions)
 
     def _trust(self, actions: Array, proposed: Array, observation: Array) -> Array:
         """The actions, and the rule's where a signal lies outside what the policy was learned on."""

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trimtab import brains
 from trimtab.errors import InputError
 from trimtab.storage import read_json, read_lines
 
@@ -23,12 +24,15 @@ def show(directory: Path, console: Console) -> None:
     """Print what a folder holds.
 
     Args:
-        directory: A study's folder, a brain's, or one of `trimtab learn`.
+        directory: A study's folder, a brain's, or one of `trimtab learn`; or the name of a brain that we ship, where
+            there is no folder of that name.
         console: Where to print.
 
     Raises:
         InputError: It holds neither.
     """
+    if not directory.exists():
+        directory = brains.folder_of(str(directory)) or directory
     if (directory / "study.json").is_file():
         _show_study(directory, console)
     elif (directory / "brain.json").is_file():
@@ -36,7 +40,14 @@ def show(directory: Path, console: Console) -> None:
     elif (directory / "learn.json").is_file():
         _show_making(directory, console)
     else:
-        raise InputError(f"{directory} holds no study (study.json) and no brain (brain.json); give the folder of one")
+        shipped = brains.descriptions()
+        if str(directory) in shipped and not directory.exists():
+            console.print(f"{directory}: {shipped[str(directory)]}")
+            return
+        raise InputError(
+            f"{directory} holds no study (study.json) and no brain (brain.json); give the folder of one, or one of "
+            f"{', '.join(shipped)}"
+        )
 
 
 def summary_table(out: Path) -> Table | None:

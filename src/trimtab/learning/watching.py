@@ -70,8 +70,8 @@ class WatchedEnv(TrainingVectorEnv):
         self._low, self._high = np.array(low), np.array(high)
 
 
-# Of a range's width, to each side: the longest of some thousand horizons drawn from 50..2000 was 1990, and a run of 2000
-# steps is not another kind of run.
+# Of a range's width, to each side: the longest of some thousand horizons drawn from 50..2000 was 1990, and a run of
+# 2000 steps is not another kind of run.
 MARGIN = 0.05
 
 
