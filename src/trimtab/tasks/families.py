@@ -15,9 +15,10 @@ import numpy as np
 
 from trimtab.errors import InputError, unknown_name
 from trimtab.seeding import numpy_generator
-from trimtab.tasks import bundled, generated_images, generated_vectors
+from trimtab.tasks import bundled, generated_images, generated_vectors, python_source
 from trimtab.tasks.pools import (
     MAX_LABEL_NOISE,
+    TRAIN_ROWS,
     Pool,
     Sizes,
     cut,
@@ -38,6 +39,12 @@ MLP_LAYERS = (1, 3)
 IMAGE_MLP_WIDTH = (16, 64)
 CNN_CHANNELS = (2, 8)
 CNN_LAYERS = (1, 2)
+# Few, so that runs of several tasks are copies of one network, which alone are trained together.
+SEQUENCE_WIDTHS = {8: 0.3, 16: 0.4, 32: 0.3}
+SEQUENCE_LAYERS = {1: 0.6, 2: 0.4}
+ATTENTION_HEADS = {1: 0.5, 2: 0.5}
+# Of fewer characters a network learns hardly more than how often each occurs.
+SEQUENCE_TRAIN_ROWS = (512, 4096)
 DROPOUT = (0.05, 0.3)
 COUPLED_DECAY = (1e-5, 1e-2)  # SGD and Adam, where it is added to the gradient
 DECOUPLED_DECAY = (1e-3, 1e-1)  # AdamW, where it is multiplied by the rate
@@ -66,6 +73,8 @@ _SHARES = {
     "image_mlp": {"smooth-fields": 0.5, "shifted-prototypes": 0.3, "gratings": 0.2},
     "cnn": dict.fromkeys(generated_images.IMAGES, 1 / len(generated_images.IMAGES)),
     "quadratic": {"linear-regression": 1.0},
+    "attention": {"python-source": 1.0},
+    "recurrent": {"python-source": 1.0},
 }
 FAMILIES = tuple(_SHARES)
 SOURCES = {family: tuple(shares) for family, shares in _SHARES.items()}
@@ -75,6 +84,7 @@ _MAKERS: dict[str, Callable[[np.random.Generator, Sizes], Pool]] = {
     **generated_images.IMAGES,
     "linear-regression": generated_vectors.linear_regression,
     "make-classification": generated_vectors.make_classification,
+    "python-source": python_source.python_source,
     "teacher-student": generated_vectors.teacher_student,
 }
 _T = TypeVar("_T")
@@ -108,12 +118,12 @@ def draw_task(family: str, generator: np.random.Generator, *, batch_size: int | 
     Args:
         family: One of `FAMILIES`.
         generator: What everything is drawn from.
-        batch_size: Rows of an optimizer step, 1 to 64 (the least rows of train); None draws one of `BATCH_SIZES`. All
+        batch_size: Rows of an optimizer step, 1 to 64 (the least rows that train may have); None draws one of `BATCH_SIZES`. All
             else is drawn the same with and without it.
 
     Raises:
         UnknownNameError: No such family.
-        InputError: The generator or the batch size is not one.
+        InputError: The generator or the batch size is not one, or Python's source, which a family reads, is not there.
     """
     _check_family(family)
     if not isinstance(generator, np.random.Generator):
@@ -121,7 +131,8 @@ def draw_task(family: str, generator: np.random.Generator, *, batch_size: int | 
     if batch_size is not None and not (_is_whole(batch_size) and 1 <= batch_size <= BATCH_SIZES[-1]):
         raise InputError(f"batch_size is {batch_size!r}; expected None or a whole number of 1 to {BATCH_SIZES[-1]}")
     source = _choose(generator, _SHARES[family])
-    sizes = draw_sizes(generator, bundled.N_ROWS.get(source))
+    train_rows = SEQUENCE_TRAIN_ROWS if source == "python-source" else TRAIN_ROWS
+    sizes = draw_sizes(generator, bundled.N_ROWS.get(source), train_rows)
     pool = _MAKERS[source](generator, sizes)
     if family == "image_mlp":
         pool = replace(pool, inputs=pool.inputs.reshape(len(pool.inputs), -1))
@@ -171,7 +182,7 @@ def is_held_out(name: str) -> bool:
 
 
 def _draw_network(family: str, generator: np.random.Generator) -> Network:
-    """Of an MLP all hidden layers have one width; the channels of a CNN's convolutions are drawn one by one."""
+    """All hidden layers have one width but the convolutions of a CNN, whose channels are drawn one by one."""
     activation = _choose(generator, _ACTIVATIONS)
     dropout = _sometimes(generator, "dropout", generator.uniform(*DROPOUT))
     if family == "quadratic":
@@ -180,6 +191,12 @@ def _draw_network(family: str, generator: np.random.Generator) -> Network:
         n_layers = int(generator.integers(MLP_LAYERS[0], MLP_LAYERS[1] + 1))
         bounds = MLP_WIDTH if family == "mlp" else IMAGE_MLP_WIDTH
         return Network("mlp", (log_uniform_count(generator, *bounds),) * n_layers, activation, dropout)
+    if family in ("attention", "recurrent"):
+        hidden = (_choose(generator, SEQUENCE_WIDTHS),) * _choose(generator, SEQUENCE_LAYERS)
+        heads = _choose(generator, ATTENTION_HEADS)
+        if family == "recurrent":
+            return Network("recurrent", hidden, "tanh")
+        return Network("attention", hidden, activation, heads=heads)
     n_layers = int(generator.integers(CNN_LAYERS[0], CNN_LAYERS[1] + 1))
     channels = tuple(log_uniform_count(generator, *CNN_CHANNELS) for _ in range(n_layers))
     return Network("cnn", channels, activation, dropout)

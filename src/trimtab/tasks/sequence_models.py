@@ -64,7 +64,8 @@ class _Block(nn.Module):
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
+        # Without a bias: that of keys changes nothing, so that its gradient is rounding alone, which Adam would follow.
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), activation, nn.Linear(2 * width, width))

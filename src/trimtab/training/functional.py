@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel  # the plain form of attention: vmap runs the others one by one
 from torch.nn.parameter import is_lazy
 
 from trimtab.errors import InputError
@@ -54,9 +55,7 @@ class StackedModules:
         InputError: The module cannot be trained this way; it says why, and what to do.
     """
 
-    def __init__(
-        self, network: Network | ModuleNetwork, example: Tensor, n_outputs: int, device: torch.device
-    ) -> None:
+    def __init__(self, network: Network | ModuleNetwork, example: Tensor, n_outputs: int, device: torch.device) -> None:
         self._network, self._n_outputs, self._device = network, n_outputs, device
         self._shape = tuple(example.shape[1:])
         if isinstance(network, ModuleNetwork):  # our own are known to be right
@@ -129,9 +128,9 @@ class StackedModules:
             noise: Not used: a module with dropout is not taken in the first place.
         """
         rows = inputs.movedim(-1, 1)
-        outputs: Tensor = self._call(
-            dict(zip(self._names, parameters, strict=True)), self._given, rows.reshape(*rows.shape[:2], *self._shape)
-        )
+        learned = dict(zip(self._names, parameters, strict=True))
+        with sdpa_kernel(SDPBackend.MATH):
+            outputs: Tensor = self._call(learned, self._given, rows.reshape(*rows.shape[:2], *self._shape))
         return outputs.transpose(1, 2)
 
     def _call_one(self, learned: dict[str, Tensor], given: dict[str, Tensor], inputs: Tensor) -> Tensor:
@@ -209,7 +208,8 @@ class _Trial:
         module, twice = copy.deepcopy(modules[0]), torch.stack([self._example, self._example])
         stacked = {name: torch.stack([of_one[name] for of_one in tensors]) for name in tensors[0]}
         try:
-            together = vmap(lambda given, rows: functional_call(module, given, (rows,)))(stacked, twice)
+            with sdpa_kernel(SDPBackend.MATH):
+                together = vmap(lambda given, rows: functional_call(module, given, (rows,)))(stacked, twice)
         except _FAILURES as error:
             raise self._error(f"cannot be run by torch.func.vmap: {error}", "write that part in other ways") from error
         if not all([_same(one, row) for one, row in zip(alone, together, strict=True)]):
