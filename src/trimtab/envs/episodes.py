@@ -2,7 +2,7 @@
 
 Called by the vector environment. Runs of one task (16 by default) differ in their initial rate alone, so that their
 ranks speak of decisions and not of luck. Tasks of one family are trained in batches, each with a horizon and a batch
-size of its own.
+size of its own, and attention and recurrent networks with one architecture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trimtab.agents.base import Timing
 from trimtab.errors import InputError, unknown_name
 from trimtab.run_state import Array
 from trimtab.seeding import derive_seed, numpy_generator
-from trimtab.tasks.families import BATCH_SIZES, FAMILIES, draw_task
+from trimtab.tasks.families import BATCH_SIZES, FAMILIES, SEQUENCE_FAMILIES, draw_task
 from trimtab.tasks.small import SEQUENCE_KINDS, Network, SmallTask
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
 MAX_RUNS = {"mlp": 128, "image_mlp": 64, "quadratic": 128, "cnn": 64, "attention": 64, "recurrent": 64}
 # What is taken where no families are named: sequences cost several times as much, and are there to be asked for.
 DEFAULT_FAMILIES = ("mlp", "image_mlp", "cnn", "quadratic")
-_DEAR = ("cnn", "attention", "recurrent")
+_DEAR = ("cnn", *SEQUENCE_FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,11 @@ def _draw_batches(
     high = min(high, options.max_cnn_horizon) if family in _DEAR else high
     total_steps = fitting_horizon(round(float(np.exp(rng.uniform(np.log(low), np.log(high))))), *timings)
     batch_size = int(rng.choice(BATCH_SIZES))
-    tasks = [
-        (draw_task(family, numpy_generator(seed, family, group, "task"), batch_size=batch_size), group)
-        for group in groups
-    ]
+    tasks: list[tuple[SmallTask, int]] = []
+    for group in groups:
+        rng_ = numpy_generator(seed, family, group, "task")
+        like = tasks[0][0] if tasks and family in SEQUENCE_FAMILIES else None  # only copies are trained together
+        tasks.append((draw_task(family, rng_, batch_size=batch_size, like=like), group))
     tasks.sort(key=_likeness)
     batches = []
     for _, alike in itertools.groupby(tasks, lambda pair: _stackable(pair[0])):

@@ -29,7 +29,16 @@ from trimtab.tasks.pools import (
 )
 from trimtab.tasks.small import Network, SmallTask
 
-__all__ = ["BATCH_SIZES", "FAMILIES", "HELD_OUT", "SOURCES", "draw_task", "draw_tasks", "is_held_out"]
+__all__ = [
+    "BATCH_SIZES",
+    "FAMILIES",
+    "HELD_OUT",
+    "SEQUENCE_FAMILIES",
+    "SOURCES",
+    "draw_task",
+    "draw_tasks",
+    "is_held_out",
+]
 
 HELD_OUT = ("cifar10", "digits", "imdb", "mnist", "shakespeare", "sst2", "titanic")
 
@@ -39,8 +48,7 @@ MLP_LAYERS = (1, 3)
 IMAGE_MLP_WIDTH = (16, 64)
 CNN_CHANNELS = (2, 8)
 CNN_LAYERS = (1, 2)
-# Few, so that runs of several tasks are copies of one network, which alone are trained together.
-SEQUENCE_WIDTHS = {8: 0.3, 16: 0.4, 32: 0.3}
+SEQUENCE_WIDTHS = {8: 0.4, 16: 0.4, 32: 0.2}  # powers of two, which heads divide
 SEQUENCE_LAYERS = {1: 0.6, 2: 0.4}
 ATTENTION_HEADS = {1: 0.5, 2: 0.5}
 # Of fewer characters a network learns hardly more than how often each occurs.
@@ -77,6 +85,7 @@ _SHARES = {
     "recurrent": {"python-source": 1.0},
 }
 FAMILIES = tuple(_SHARES)
+SEQUENCE_FAMILIES = ("attention", "recurrent")
 SOURCES = {family: tuple(shares) for family, shares in _SHARES.items()}
 
 _MAKERS: dict[str, Callable[[np.random.Generator, Sizes], Pool]] = {
@@ -112,28 +121,40 @@ def draw_tasks(family: str, n: int, seed: int, *, batch_size: int | None = None)
     return [draw_task(family, generator, batch_size=batch_size) for generator in generators]
 
 
-def draw_task(family: str, generator: np.random.Generator, *, batch_size: int | None = None) -> SmallTask:
+def draw_task(
+    family: str, generator: np.random.Generator, *, batch_size: int | None = None, like: SmallTask | None = None
+) -> SmallTask:
     """Draw one task of a family.
 
     Args:
         family: One of `FAMILIES`.
         generator: What everything is drawn from.
-        batch_size: Rows of an optimizer step, 1 to 64 (the least rows that train may have); None draws one of `BATCH_SIZES`. All
+        batch_size: Rows of an optimizer step, 1 to 64 (the least rows of train); None draws one of `BATCH_SIZES`. All
             else is drawn the same with and without it.
+        like: A task of the same family, one of `SEQUENCE_FAMILIES`, whose network and length of rows are taken, so that
+            both can be trained as copies of one network; None draws them.
 
     Raises:
         UnknownNameError: No such family.
-        InputError: The generator or the batch size is not one, or Python's source, which a family reads, is not there.
+        InputError: `like` is of another family, or of one whose networks are stacked as they are; the generator or the batch size is not one, or Python's source, which a family reads, is not there.
     """
     _check_family(family)
     if not isinstance(generator, np.random.Generator):
         raise InputError(f"generator is {generator!r}; expected a numpy Generator, such as numpy.random.default_rng(0)")
     if batch_size is not None and not (_is_whole(batch_size) and 1 <= batch_size <= BATCH_SIZES[-1]):
         raise InputError(f"batch_size is {batch_size!r}; expected None or a whole number of 1 to {BATCH_SIZES[-1]}")
+    if like is not None and not (like.family == family in SEQUENCE_FAMILIES):
+        raise InputError(
+            f"like is a task of family {like.family!r} for one of {family!r}; expected None, or one of the same family "
+            f"among {', '.join(SEQUENCE_FAMILIES)}"
+        )
     source = _choose(generator, _SHARES[family])
-    train_rows = SEQUENCE_TRAIN_ROWS if source == "python-source" else TRAIN_ROWS
+    train_rows = SEQUENCE_TRAIN_ROWS if family in SEQUENCE_FAMILIES else TRAIN_ROWS
     sizes = draw_sizes(generator, bundled.N_ROWS.get(source), train_rows)
-    pool = _MAKERS[source](generator, sizes)
+    if like is None:
+        pool = _MAKERS[source](generator, sizes)
+    else:
+        pool = python_source.python_source(generator, sizes, context=like.input_shape[0])
     if family == "image_mlp":
         pool = replace(pool, inputs=pool.inputs.reshape(len(pool.inputs), -1))
     is_classification = pool.targets.dtype == np.int64
@@ -149,6 +170,7 @@ def draw_task(family: str, generator: np.random.Generator, *, batch_size: int | 
     decay = log_uniform(generator, *(DECOUPLED_DECAY if optimizer == "adamw" else COUPLED_DECAY))
     betas = _choose(generator, _BETAS)
     own_batch_size = int(generator.choice(BATCH_SIZES))
+    network = _draw_network(family, generator)
     return SmallTask(
         family=family,
         source=source,
@@ -158,7 +180,7 @@ def draw_task(family: str, generator: np.random.Generator, *, batch_size: int | 
         score=score,
         test=test,
         n_outputs=pool.n_outputs,
-        network=_draw_network(family, generator),
+        network=network if like is None else like.network,
         optimizer=optimizer,
         momentum=momentum,
         betas=betas,
@@ -191,7 +213,7 @@ def _draw_network(family: str, generator: np.random.Generator) -> Network:
         n_layers = int(generator.integers(MLP_LAYERS[0], MLP_LAYERS[1] + 1))
         bounds = MLP_WIDTH if family == "mlp" else IMAGE_MLP_WIDTH
         return Network("mlp", (log_uniform_count(generator, *bounds),) * n_layers, activation, dropout)
-    if family in ("attention", "recurrent"):
+    if family in SEQUENCE_FAMILIES:
         hidden = (_choose(generator, SEQUENCE_WIDTHS),) * _choose(generator, SEQUENCE_LAYERS)
         heads = _choose(generator, ATTENTION_HEADS)
         if family == "recurrent":

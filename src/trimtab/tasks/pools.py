@@ -1,8 +1,8 @@
 """Pool: the rows of one small task in random order, before they become train, val, score and test.
 
-Made by the sources (bundled, generated_vectors, generated_images, python_source), cut by `families`. A row is in one split alone,
-since splits are consecutive stretches of the pool; what inputs and targets are standardised with comes from the
-train rows alone.
+Made by the sources (bundled, generated_vectors, generated_images, python_source), cut by `families`. A row is in one
+split alone, since splits are consecutive stretches of the pool; what inputs and targets are standardised with comes
+from the train rows alone.
 """
 
 from __future__ import annotations

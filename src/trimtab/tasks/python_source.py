@@ -21,7 +21,7 @@ __all__ = ["ALPHABET", "CONTEXTS", "MODULES", "python_source", "read_codes"]
 
 # One class each: letters without their case, digits, blanks, ends of lines, "_", brackets, and all other signs.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0 \n_(."
-CONTEXTS = {8: 0.5, 16: 0.3, 24: 0.2}  # characters of a row: how likely
+CONTEXTS = {8: 0.5, 16: 0.35, 24: 0.15}  # characters of a row: how likely
 # Modules of one file in every Python from 3.11 on, most of them of 10 to 100 thousand characters.
 MODULES = (
     "argparse", "ast", "bdb", "calendar", "cmd", "configparser", "copy", "csv", "dataclasses", "difflib", "doctest",
@@ -33,7 +33,7 @@ MODULES = (
 )  # fmt: skip
 
 
-def python_source(generator: np.random.Generator, sizes: Sizes) -> Pool:
+def python_source(generator: np.random.Generator, sizes: Sizes, context: int | None = None) -> Pool:
     """Windows of a few modules, in random order: T characters, and the one after them.
 
     Modules are taken in a drawn order until there are enough different rows; a window begins T + 1 characters after the
@@ -42,6 +42,7 @@ def python_source(generator: np.random.Generator, sizes: Sizes) -> Pool:
     Args:
         generator: What everything is drawn from.
         sizes: Rows of each split.
+        context: T; None draws one of `CONTEXTS`.
 
     Returns:
         Inputs (N, T) of class numbers, as floats; targets (N,) class numbers of the next character.
@@ -49,7 +50,8 @@ def python_source(generator: np.random.Generator, sizes: Sizes) -> Pool:
     Raises:
         InputError: The interpreter has not the source of its standard library.
     """
-    context = list(CONTEXTS)[int(generator.choice(len(CONTEXTS), p=list(CONTEXTS.values())))]
+    own_context = list(CONTEXTS)[int(generator.choice(len(CONTEXTS), p=list(CONTEXTS.values())))]
+    context = own_context if context is None else context
     start = int(generator.integers(context + 1))
     windows = np.zeros((0, context + 1), np.uint8)
     n_modules = 0

@@ -87,7 +87,7 @@ class _Block(nn.Module):
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(B, T, width) -> (B, heads, T, width / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
 
 
 class CharGRU(nn.Module):
