@@ -58,7 +58,7 @@ def in_double(task: SmallTask, seed: int, lr: float, total_steps: int) -> Traini
     return loop
 
 
-@pytest.mark.parametrize("family", ["mlp", "quadratic", "cnn"])
+@pytest.mark.parametrize("family", ["mlp", "quadratic", "cnn", "recurrent", "attention"])
 @pytest.mark.parametrize("reports", [True, False])
 def test_observations_and_rates_are_those_of_a_controller(
     family: str, reports: bool, monkeypatch: pytest.MonkeyPatch

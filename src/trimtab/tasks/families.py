@@ -136,7 +136,8 @@ def draw_task(
 
     Raises:
         UnknownNameError: No such family.
-        InputError: `like` is of another family, or of one whose networks are stacked as they are; the generator or the batch size is not one, or Python's source, which a family reads, is not there.
+        InputError: `like` is of another family, or of one whose networks are stacked as they are; the generator or the
+            batch size is not one; or Python's source, which a family reads, is not there.
     """
     _check_family(family)
     if not isinstance(generator, np.random.Generator):
