@@ -475,7 +475,9 @@ def test_no_source_is_a_data_set_that_controllers_are_judged_on():
 
 
 def test_an_unknown_family_is_named_with_what_is_near():
-    text = r"unknown family of tasks 'mpl'; did you mean 'mlp'\? known: attention, cnn, image_mlp, mlp, quadratic, recurrent"
+    text = (
+        r"unknown family of tasks 'mpl'; did you mean 'mlp'\? known: attention, cnn, image_mlp, mlp, quadratic, recurr"
+    )
     with pytest.raises(UnknownNameError, match=text):
         draw_tasks("mpl", 1, seed=0)
     with pytest.raises(UnknownNameError, match=text):
@@ -496,7 +498,7 @@ def test_an_unknown_family_is_named_with_what_is_near():
         ),
         (
             lambda: draw_task("mlp", np.random.default_rng(0), like=small_task()),
-            "like is a task of family 'mlp' for one of 'mlp'; expected None, or one of the same family among attention",
+            "like is a task of family 'mlp' for one of 'mlp'; expected None, or one of the same family",
         ),
         (
             lambda: draw_task("attention", np.random.default_rng(0), like=small_task()),
@@ -550,7 +552,7 @@ def test_an_unknown_family_is_named_with_what_is_near():
         ),
         (
             lambda: ModuleNetwork(nn.Linear(2, 2), "mine"),
-            r"make of a ModuleNetwork is 'Linear'; expected a function of \(input_shape, n_outputs\) that returns a new",
+            r"make of a ModuleNetwork is 'Linear'; expected a function of \(input_shape, n_outputs\) that returns a",
         ),
         (lambda: ModuleNetwork(nn.Linear, ""), "name of a ModuleNetwork is ''; expected a text that says which"),
         (lambda: Network("mpl", (4,), "relu"), "unknown kind of network 'mpl'; did you mean 'mlp'"),
