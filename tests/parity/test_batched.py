@@ -128,10 +128,12 @@ def loops_of(tasks: list[SmallTask], seeds: list[int], rates: list[float], dtype
     return loops
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_hundred_steps_equal_the_loop(kind: str, settings: dict[str, object]) -> None:
-    tasks = tasks_of(kind, **settings)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind in KINDS for name in SETTINGS if "blocks" not in kind or name in ("sgd", "adamw")],
+)
+def test_hundred_steps_equal_the_loop(kind: str, name: str) -> None:
+    tasks = tasks_of(kind, **SETTINGS[name])
     seeds = [11 + i for i in range(len(tasks))]
     # Linear: squared error; above, momentum SGD diverges, and there nothing is equal to anything.
     rates = TAME.get(kind, [1e-1, 1e-3, 1e-2, 3e-2][: len(tasks)])
@@ -146,8 +148,8 @@ def test_hundred_steps_equal_the_loop(kind: str, settings: dict[str, object]) ->
         torch.testing.assert_close(losses[:, run], expected, rtol=1e-9, atol=1e-9)
         for mine, theirs in zip(batch.parameters_of(run), learned(loop.model), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-        for name in ("val", "test", "train"):
-            assert float(batch.evaluate(name)[run]) == pytest.approx(loop.evaluate(name)["loss"], abs=1e-9)
+        for part in ("val", "test", "train"):
+            assert float(batch.evaluate(part)[run]) == pytest.approx(loop.evaluate(part)["loss"], abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -461,6 +463,10 @@ def test_a_module_whose_shapes_change_is_refused() -> None:
 
     with pytest.raises(InputError, match="since it has parameters of other shapes each time it is made"):
         BatchedTraining([make(0, (5,), 3, ModuleNetwork(made, "own"))], [0], [1e-2])
+    widths = iter([4, 4, 4, 4, 6])  # two are tried, one is kept, then one is made for each seed
+    changing = ModuleNetwork(lambda shape, n: nn.Sequential(nn.Linear(5, w := next(widths)), nn.Linear(w, n)), "own")
+    with pytest.raises(InputError, match="network 'own' made modules with different parameters; expected the same"):
+        BatchedTraining([make(0, (5,), 3, changing)] * 2, [0, 1], [1e-2] * 2)
 
 
 def test_different_architectures_are_not_mixed() -> None:

@@ -513,7 +513,7 @@ def test_an_unknown_family_is_named_with_what_is_near():
             r"hidden \(8,\) and dropout 0.1 of kind 'recurrent'; expected one width or more, and no dropout",
         ),
         (lambda: Network("recurrent", (8,), "relu"), "activation of a recurrent network is 'relu'; expected 'tanh'"),
-        (lambda: Network("mlp", (8,), "relu", heads=2), "heads is 2 of kind 'mlp'; expected 1, only attention has more"),
+        (lambda: Network("mlp", (8,), "relu", heads=2), "heads is 2 of kind 'mlp'; expected 1, only attention has"),
         (
             lambda: Network("attention", (8, 4), "relu"),
             r"hidden \(8, 4\) and heads 1 of attention; expected one width for all blocks",
