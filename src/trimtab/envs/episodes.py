@@ -2,7 +2,7 @@
 
 Called by the vector environment. Runs of one task (16 by default) differ in their initial rate alone, so that their
 ranks speak of decisions and not of luck. Tasks of one family are trained in batches, each with a horizon and a batch
-size of its own.
+size of its own, and attention and recurrent networks with one architecture.
 """
 
 from __future__ import annotations
@@ -17,13 +17,24 @@ from trimtab.agents.base import Timing
 from trimtab.errors import InputError, unknown_name
 from trimtab.run_state import Array
 from trimtab.seeding import derive_seed, numpy_generator
-from trimtab.tasks.families import BATCH_SIZES, FAMILIES, draw_task
-from trimtab.tasks.small import SmallTask
+from trimtab.tasks.families import BATCH_SIZES, FAMILIES, SEQUENCE_FAMILIES, draw_task
+from trimtab.tasks.small import SEQUENCE_KINDS, Network, SmallTask
 
-__all__ = ["MAX_RUNS", "Batch", "EpisodeOptions", "count_decisions", "draw_episode", "fitting_horizon"]
+__all__ = [
+    "DEFAULT_FAMILIES",
+    "MAX_RUNS",
+    "Batch",
+    "EpisodeOptions",
+    "count_decisions",
+    "draw_episode",
+    "fitting_horizon",
+]
 
 # Runs that are trained as one batch: beyond it activations leave the caches.
-MAX_RUNS = {"mlp": 128, "image_mlp": 64, "quadratic": 128, "cnn": 64}
+MAX_RUNS = {"mlp": 128, "image_mlp": 64, "quadratic": 128, "cnn": 64, "attention": 64, "recurrent": 64}
+# What is taken where no families are named: sequences cost several times as much, and are there to be asked for.
+DEFAULT_FAMILIES = ("mlp", "image_mlp", "cnn", "quadratic")
+_DEAR = ("cnn", *SEQUENCE_FAMILIES)
 # A budget may be moved by so many steps, or by its own length. Decisions of two agents may fit no short budget: the
 # first that fits both 20 with none before them and 20 with seven before is 134 steps.
 _REACH = 256
@@ -38,7 +49,8 @@ class EpisodeOptions:
             often.
         runs_per_task: Runs of each task, compared with one another.
         horizon: Least and largest budget in optimizer steps, drawn log-uniformly for each batch of runs.
-        max_cnn_horizon: The largest for convolutional networks, which cost ten times as much a step.
+        max_cnn_horizon: The largest for convolutional networks, and for attention and recurrent ones, which cost ten
+            times as much a step and more.
         initial_lr: Least and largest initial rate, drawn log-uniformly, spread evenly over the runs of a task.
         no_validation: Share of tasks whose runs never report a validation loss.
         some_validation: Share of tasks whose runs report one at every other decision, by chance.
@@ -48,7 +60,7 @@ class EpisodeOptions:
         InputError: A number out of range.
     """
 
-    families: tuple[str, ...] = FAMILIES
+    families: tuple[str, ...] = DEFAULT_FAMILIES
     runs_per_task: int = 16
     horizon: tuple[int, int] = (50, 2000)
     max_cnn_horizon: int = 500
@@ -138,13 +150,14 @@ def _draw_batches(
 ) -> list[Batch]:
     """Tasks of one family with one horizon and batch size: one batch, or several where networks cannot be stacked."""
     low, high = options.horizon
-    high = min(high, options.max_cnn_horizon) if family == "cnn" else high
+    high = min(high, options.max_cnn_horizon) if family in _DEAR else high
     total_steps = fitting_horizon(round(float(np.exp(rng.uniform(np.log(low), np.log(high))))), *timings)
     batch_size = int(rng.choice(BATCH_SIZES))
-    tasks = [
-        (draw_task(family, numpy_generator(seed, family, group, "task"), batch_size=batch_size), group)
-        for group in groups
-    ]
+    tasks: list[tuple[SmallTask, int]] = []
+    for group in groups:
+        rng_ = numpy_generator(seed, family, group, "task")
+        like = tasks[0][0] if tasks and family in SEQUENCE_FAMILIES else None  # only copies are trained together
+        tasks.append((draw_task(family, rng_, batch_size=batch_size, like=like), group))
     tasks.sort(key=_likeness)
     batches = []
     for _, alike in itertools.groupby(tasks, lambda pair: _stackable(pair[0])):
@@ -166,7 +179,13 @@ def _likeness(pair: tuple[SmallTask, int]) -> tuple[object, ...]:
 
 
 def _stackable(task: SmallTask) -> tuple[object, ...]:
-    return (task.input_shape[1:], len(task.network.hidden)) if task.network.kind == "cnn" else ()
+    """What tasks must have in common to be trained as one batch."""
+    network = task.network
+    if network.kind == "cnn":
+        return task.input_shape[1:], len(network.hidden)
+    if isinstance(network, Network) and network.kind in SEQUENCE_KINDS:
+        return task.input_shape, network.hidden, network.heads, network.activation
+    return ()
 
 
 def _draw_rates(options: EpisodeOptions, count: int, rng: np.random.Generator) -> Array:

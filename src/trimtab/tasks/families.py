@@ -15,9 +15,10 @@ import numpy as np
 
 from trimtab.errors import InputError, unknown_name
 from trimtab.seeding import numpy_generator
-from trimtab.tasks import bundled, generated_images, generated_vectors
+from trimtab.tasks import bundled, generated_images, generated_vectors, python_source
 from trimtab.tasks.pools import (
     MAX_LABEL_NOISE,
+    TRAIN_ROWS,
     Pool,
     Sizes,
     cut,
@@ -28,7 +29,16 @@ from trimtab.tasks.pools import (
 )
 from trimtab.tasks.small import Network, SmallTask
 
-__all__ = ["BATCH_SIZES", "FAMILIES", "HELD_OUT", "SOURCES", "draw_task", "draw_tasks", "is_held_out"]
+__all__ = [
+    "BATCH_SIZES",
+    "FAMILIES",
+    "HELD_OUT",
+    "SEQUENCE_FAMILIES",
+    "SOURCES",
+    "draw_task",
+    "draw_tasks",
+    "is_held_out",
+]
 
 HELD_OUT = ("cifar10", "digits", "imdb", "mnist", "shakespeare", "sst2", "titanic")
 
@@ -38,6 +48,11 @@ MLP_LAYERS = (1, 3)
 IMAGE_MLP_WIDTH = (16, 64)
 CNN_CHANNELS = (2, 8)
 CNN_LAYERS = (1, 2)
+SEQUENCE_WIDTHS = {8: 0.4, 16: 0.4, 32: 0.2}  # powers of two, which heads divide
+SEQUENCE_LAYERS = {1: 0.6, 2: 0.4}
+ATTENTION_HEADS = {1: 0.5, 2: 0.5}
+# Of fewer characters a network learns hardly more than how often each occurs.
+SEQUENCE_TRAIN_ROWS = (512, 4096)
 DROPOUT = (0.05, 0.3)
 COUPLED_DECAY = (1e-5, 1e-2)  # SGD and Adam, where it is added to the gradient
 DECOUPLED_DECAY = (1e-3, 1e-1)  # AdamW, where it is multiplied by the rate
@@ -66,8 +81,11 @@ _SHARES = {
     "image_mlp": {"smooth-fields": 0.5, "shifted-prototypes": 0.3, "gratings": 0.2},
     "cnn": dict.fromkeys(generated_images.IMAGES, 1 / len(generated_images.IMAGES)),
     "quadratic": {"linear-regression": 1.0},
+    "attention": {"python-source": 1.0},
+    "recurrent": {"python-source": 1.0},
 }
 FAMILIES = tuple(_SHARES)
+SEQUENCE_FAMILIES = ("attention", "recurrent")
 SOURCES = {family: tuple(shares) for family, shares in _SHARES.items()}
 
 _MAKERS: dict[str, Callable[[np.random.Generator, Sizes], Pool]] = {
@@ -75,6 +93,7 @@ _MAKERS: dict[str, Callable[[np.random.Generator, Sizes], Pool]] = {
     **generated_images.IMAGES,
     "linear-regression": generated_vectors.linear_regression,
     "make-classification": generated_vectors.make_classification,
+    "python-source": python_source.python_source,
     "teacher-student": generated_vectors.teacher_student,
 }
 _T = TypeVar("_T")
@@ -102,7 +121,9 @@ def draw_tasks(family: str, n: int, seed: int, *, batch_size: int | None = None)
     return [draw_task(family, generator, batch_size=batch_size) for generator in generators]
 
 
-def draw_task(family: str, generator: np.random.Generator, *, batch_size: int | None = None) -> SmallTask:
+def draw_task(
+    family: str, generator: np.random.Generator, *, batch_size: int | None = None, like: SmallTask | None = None
+) -> SmallTask:
     """Draw one task of a family.
 
     Args:
@@ -110,19 +131,31 @@ def draw_task(family: str, generator: np.random.Generator, *, batch_size: int | 
         generator: What everything is drawn from.
         batch_size: Rows of an optimizer step, 1 to 64 (the least rows of train); None draws one of `BATCH_SIZES`. All
             else is drawn the same with and without it.
+        like: A task of the same family, one of `SEQUENCE_FAMILIES`, whose network and length of rows are taken, so that
+            both can be trained as copies of one network; None draws them.
 
     Raises:
         UnknownNameError: No such family.
-        InputError: The generator or the batch size is not one.
+        InputError: `like` is of another family, or of one whose networks are stacked as they are; the generator or the
+            batch size is not one; or Python's source, which a family reads, is not there.
     """
     _check_family(family)
     if not isinstance(generator, np.random.Generator):
         raise InputError(f"generator is {generator!r}; expected a numpy Generator, such as numpy.random.default_rng(0)")
     if batch_size is not None and not (_is_whole(batch_size) and 1 <= batch_size <= BATCH_SIZES[-1]):
         raise InputError(f"batch_size is {batch_size!r}; expected None or a whole number of 1 to {BATCH_SIZES[-1]}")
+    if like is not None and not (like.family == family in SEQUENCE_FAMILIES):
+        raise InputError(
+            f"like is a task of family {like.family!r} for one of {family!r}; expected None, or one of the same family "
+            f"among {', '.join(SEQUENCE_FAMILIES)}"
+        )
     source = _choose(generator, _SHARES[family])
-    sizes = draw_sizes(generator, bundled.N_ROWS.get(source))
-    pool = _MAKERS[source](generator, sizes)
+    train_rows = SEQUENCE_TRAIN_ROWS if family in SEQUENCE_FAMILIES else TRAIN_ROWS
+    sizes = draw_sizes(generator, bundled.N_ROWS.get(source), train_rows)
+    if like is None:
+        pool = _MAKERS[source](generator, sizes)
+    else:
+        pool = python_source.python_source(generator, sizes, context=like.input_shape[0])
     if family == "image_mlp":
         pool = replace(pool, inputs=pool.inputs.reshape(len(pool.inputs), -1))
     is_classification = pool.targets.dtype == np.int64
@@ -138,6 +171,7 @@ def draw_task(family: str, generator: np.random.Generator, *, batch_size: int | 
     decay = log_uniform(generator, *(DECOUPLED_DECAY if optimizer == "adamw" else COUPLED_DECAY))
     betas = _choose(generator, _BETAS)
     own_batch_size = int(generator.choice(BATCH_SIZES))
+    network = _draw_network(family, generator)
     return SmallTask(
         family=family,
         source=source,
@@ -147,7 +181,7 @@ def draw_task(family: str, generator: np.random.Generator, *, batch_size: int | 
         score=score,
         test=test,
         n_outputs=pool.n_outputs,
-        network=_draw_network(family, generator),
+        network=network if like is None else like.network,
         optimizer=optimizer,
         momentum=momentum,
         betas=betas,
@@ -171,7 +205,7 @@ def is_held_out(name: str) -> bool:
 
 
 def _draw_network(family: str, generator: np.random.Generator) -> Network:
-    """Of an MLP all hidden layers have one width; the channels of a CNN's convolutions are drawn one by one."""
+    """All hidden layers have one width but the convolutions of a CNN, whose channels are drawn one by one."""
     activation = _choose(generator, _ACTIVATIONS)
     dropout = _sometimes(generator, "dropout", generator.uniform(*DROPOUT))
     if family == "quadratic":
@@ -180,6 +214,12 @@ def _draw_network(family: str, generator: np.random.Generator) -> Network:
         n_layers = int(generator.integers(MLP_LAYERS[0], MLP_LAYERS[1] + 1))
         bounds = MLP_WIDTH if family == "mlp" else IMAGE_MLP_WIDTH
         return Network("mlp", (log_uniform_count(generator, *bounds),) * n_layers, activation, dropout)
+    if family in SEQUENCE_FAMILIES:
+        hidden = (_choose(generator, SEQUENCE_WIDTHS),) * _choose(generator, SEQUENCE_LAYERS)
+        heads = _choose(generator, ATTENTION_HEADS)
+        if family == "recurrent":
+            return Network("recurrent", hidden, "tanh")
+        return Network("attention", hidden, activation, heads=heads)
     n_layers = int(generator.integers(CNN_LAYERS[0], CNN_LAYERS[1] + 1))
     channels = tuple(log_uniform_count(generator, *CNN_CHANNELS) for _ in range(n_layers))
     return Network("cnn", channels, activation, dropout)

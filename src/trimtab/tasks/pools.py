@@ -1,8 +1,8 @@
 """Pool: the rows of one small task in random order, before they become train, val, score and test.
 
-Made by the sources (bundled, generated_vectors, generated_images), cut by `families`. A row is in one split alone,
-since splits are consecutive stretches of the pool; what inputs and targets are standardised with comes from the
-train rows alone.
+Made by the sources (bundled, generated_vectors, generated_images, python_source), cut by `families`. A row is in one
+split alone, since splits are consecutive stretches of the pool; what inputs and targets are standardised with comes
+from the train rows alone.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Pool:
     """Rows in random order, and what was drawn to make them.
 
     Attributes:
-        inputs: (N, D), or (N, H, W) of images; any float.
+        inputs: (N, D), or (N, H, W) of images, or (N, T) characters; any float.
         targets: (N,) int64 classes, or float numbers.
         n_outputs: Classes, or 1 for numbers.
         drawn: By name, what was drawn for these rows.
@@ -77,7 +77,9 @@ class Pool:
     scaling: Literal["feature", "whole", "none"]
 
 
-def draw_sizes(generator: np.random.Generator, available: int | None = None) -> Sizes:
+def draw_sizes(
+    generator: np.random.Generator, available: int | None = None, train_rows: tuple[int, int] = TRAIN_ROWS
+) -> Sizes:
     """Draw the rows of each split.
 
     Train is log-uniform, the others uniform, within the ranges above. From a set of few rows train gets at most half;
@@ -85,10 +87,11 @@ def draw_sizes(generator: np.random.Generator, available: int | None = None) -> 
 
     Args:
         generator: What the sizes are drawn from.
-        available: Rows that there are, at least 128; None where rows are generated.
+        available: Rows that there are, at least 128; None where there are as many as are wanted.
+        train_rows: Least and most rows of train.
     """
-    most = TRAIN_ROWS[1] if available is None else min(TRAIN_ROWS[1], available // 2)
-    train = log_uniform_count(generator, TRAIN_ROWS[0], most)
+    most = train_rows[1] if available is None else min(train_rows[1], available // 2)
+    train = log_uniform_count(generator, train_rows[0], most)
     wanted = [int(generator.integers(low, high + 1)) for low, high in (VAL_ROWS, SCORE_ROWS, TEST_ROWS)]
     if available is None:
         return Sizes(train, *wanted)

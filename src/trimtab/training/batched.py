@@ -23,8 +23,9 @@ from torch import Tensor
 from trimtab.errors import InputError, unknown_name
 from trimtab.seeding import derive_seed, torch_generator
 from trimtab.tasks.base import Split
-from trimtab.tasks.small import Network, SmallTask
+from trimtab.tasks.small import ModuleNetwork, Network, SmallTask
 from trimtab.training.batched_optimizer import BatchedOptimizer
+from trimtab.training.functional import EXAMPLE_ROWS
 from trimtab.training.stacked import segments, split_rows, stack
 
 __all__ = ["BatchedTraining", "IntervalStats"]
@@ -54,8 +55,9 @@ class BatchedTraining:
 
     Args:
         tasks: What each run trains; a task may stand for several runs, and its data are then stored once. All have
-            one batch size and networks that can be stacked; runs of one activation, optimizer and kind are faster
-            side by side.
+            one batch size and networks that can be stacked: MLPs, CNNs of one depth and image size, or copies of one
+            module (attention, recurrent, a user's own). Runs of one activation, optimizer and kind are faster side by
+            side.
         seeds: Root seed of each run, (R,).
         lr: Initial rate of each run, (R,).
         device: Where they run.
@@ -89,7 +91,7 @@ class BatchedTraining:
         self._device = torch.device(device)
         self._network = stack(
             [task.network for task in tasks],
-            [tuple(task.train.inputs.shape[1:]) for task in tasks],
+            [task.train.inputs[:EXAMPLE_ROWS] for task in tasks],
             [task.n_outputs for task in tasks],
             self._device,
         )
@@ -202,7 +204,7 @@ class BatchedTraining:
             torch.linalg.vector_norm(update[:, place], dim=1) / torch.linalg.vector_norm(now[:, place], dim=1)
             for place in places
         ]
-        return row, torch.stack(ratios)
+        return row, torch.stack(ratios) if ratios else row.new_zeros((0, self.n_runs))
 
     # ---- looking ------------------------------------------------------------------------------------------------
 
@@ -255,7 +257,11 @@ class _Dropout:
     """Dropout of the runs that have it, by each one's own probability; equal seeds share their masks' numbers."""
 
     def __init__(
-        self, networks: Sequence[Network], seeds: Sequence[int], dtype: torch.dtype, device: torch.device
+        self,
+        networks: Sequence[Network | ModuleNetwork],
+        seeds: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.is_needed = any(network.dropout > 0 for network in networks)
         self.steps_done = 0
@@ -265,7 +271,11 @@ class _Dropout:
 
     @staticmethod
     def _of_layer(
-        layer: int, networks: Sequence[Network], seeds: Sequence[int], dtype: torch.dtype, device: torch.device
+        layer: int,
+        networks: Sequence[Network | ModuleNetwork],
+        seeds: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> tuple[Tensor, ...]:
         """The runs with dropout in a layer, what each keeps, the distinct seeds, and which is whose."""
         runs = [run for run, network in enumerate(networks) if network.dropout > 0 and len(network.hidden) > layer]
@@ -317,7 +327,8 @@ class _Padded:
         places = (rows + self._start).flatten()
         inputs = self._inputs.index_select(0, places).view(*rows.shape, -1).transpose(1, 2)
         if len(self._shape) > 1:
-            inputs = inputs.contiguous().view(len(rows), *self._shape[-2:], rows.shape[1])
+            shape = self._shape[1:] if len(self._shape) == 3 and self._shape[0] == 1 else self._shape
+            inputs = inputs.contiguous().view(len(rows), *shape, rows.shape[1])
         return inputs, self._targets.index_select(0, places).view(rows.shape)
 
     def whole(self) -> list[tuple[Tensor, Tensor]]:

@@ -1,6 +1,7 @@
 """Stacked networks: R small networks whose parameters lie in one tensor (R, P), run through by batched products.
 
-Called by `trimtab.training.batched`. Activations have the batch last, (R, features, B): reductions over classes and
+Called by `trimtab.training.batched`, and has a form of its own for MLPs and CNNs; other networks are copies of a module
+(`trimtab.training.functional`). Activations have the batch last, (R, features, B): reductions over classes and
 products of small matrices then run along contiguous memory, which is three times as fast as the batch in the middle
 (benchmarks/env_speed.py has the whole). Narrower networks are padded with zeros: a padded unit puts out
 activation(0) = 0 and gets a gradient of 0, so it stays 0 under every optimizer here and needs no mask.
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from trimtab.errors import InputError
 from trimtab.seeding import torch_generator
-from trimtab.tasks.small import Network
+from trimtab.tasks.small import ModuleNetwork, Network
+from trimtab.training.functional import StackedModules
 
 __all__ = ["StackedCNN", "StackedMLP", "segments", "split_rows", "stack"]
 
@@ -321,25 +323,50 @@ def _activate_and_pool(name: str, x: Tensor) -> Tensor:
 
 
 def stack(
-    networks: Sequence[Network], inputs: Sequence[tuple[int, ...]], n_outputs: Sequence[int], device: torch.device
-) -> StackedMLP | StackedCNN:
+    networks: Sequence[Network | ModuleNetwork],
+    examples: Sequence[Tensor],
+    n_outputs: Sequence[int],
+    device: torch.device,
+) -> StackedMLP | StackedCNN | StackedModules:
     """The stacked form of networks of one kind.
 
     Args:
         networks: One a run.
-        inputs: Shape of one sample of each run: (D,) or (1, H, W).
+        examples: A row or more of each run's inputs: (n, D), (n, 1, H, W), or what its module takes.
         n_outputs: Of each run.
         device: Where they lie.
 
     Raises:
-        InputError: They cannot be stacked: kinds, image sizes or numbers of convolutions differ.
+        InputError: They cannot be stacked: kinds, image sizes or numbers of convolutions differ; or, where they are
+            copies of one module, anything but their numbers does, or the module cannot be run so.
     """
+    shapes = [tuple(example.shape[1:]) for example in examples]
     kinds = sorted({network.kind for network in networks})
     if len(kinds) != 1:
         raise InputError(f"networks of kinds {kinds} cannot be stacked; make one batch of runs a kind")
+    plain = [network for network in networks if isinstance(network, Network)]
     if kinds == ["mlp"]:
-        return StackedMLP(networks, [math.prod(shape) for shape in inputs], n_outputs, device)
-    sizes = sorted({tuple(shape[1:]) for shape in inputs})
+        return StackedMLP(plain, [math.prod(shape) for shape in shapes], n_outputs, device)
+    if kinds != ["cnn"]:
+        return _stack_copies(networks, examples, n_outputs, device)
+    sizes = sorted({shape[1:] for shape in shapes})
     if len(sizes) != 1 or sizes[0][0] != sizes[0][1]:
         raise InputError(f"images of sizes {sizes} cannot be stacked; expected squares of one size")
-    return StackedCNN(networks, sizes[0][0], n_outputs, device)
+    return StackedCNN(plain, sizes[0][0], n_outputs, device)
+
+
+def _stack_copies(
+    networks: Sequence[Network | ModuleNetwork],
+    examples: Sequence[Tensor],
+    n_outputs: Sequence[int],
+    device: torch.device,
+) -> StackedModules:
+    first = networks[0], tuple(examples[0].shape[1:]), n_outputs[0]
+    for network, example, n in zip(networks, examples, n_outputs, strict=True):
+        if (network, tuple(example.shape[1:]), n) != first:
+            raise InputError(
+                f"{network} on inputs {tuple(example.shape[1:])} with {n} outputs cannot be trained beside {first[0]} "
+                f"on {first[1]} with {first[2]}: copies of one module are trained together; make one batch of runs an "
+                "architecture"
+            )
+    return StackedModules(first[0], examples[0], n_outputs[0], device)

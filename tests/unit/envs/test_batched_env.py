@@ -16,6 +16,7 @@ from trimtab.envs.episodes import EpisodeOptions, count_decisions, draw_episode,
 from trimtab.envs.specs import default_spec
 from trimtab.errors import InputError, UnknownNameError
 from trimtab.spec import ControlSpec
+from trimtab.tasks.families import SEQUENCE_FAMILIES
 
 SMALL: dict[str, Any] = {"horizon": (52, 60), "runs_per_task": 4, "max_cnn_horizon": 60}
 
@@ -115,6 +116,26 @@ def test_runs_of_a_task_differ_in_their_rate_alone() -> None:
             assert parts.tolist() == list(range(16))  # one from each sixteenth of 1e-5..1e-1
     assert {len(kinds) for kinds in seen.values()} == {1}
     assert sorted(seen) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("family", SEQUENCE_FAMILIES)
+def test_sequences_of_a_batch_are_copies_of_one_network(family: str) -> None:
+    options = EpisodeOptions(families=(family,), runs_per_task=16, horizon=(50, 2000), max_cnn_horizon=300)
+    architectures = set()
+    for seed in range(6):
+        batches = draw_episode(options, 80, default_spec().timing, seed)
+        assert [len(batch.tasks) for batch in batches] == [64, 16]
+        for batch in batches:
+            same = {(task.network, task.input_shape) for task in batch.tasks}
+            assert len(same) == 1
+            architectures |= same
+            assert batch.total_steps <= 310  # the horizon of the dear ones, moved to where decisions fit
+        assert len({task.train.inputs.numpy().tobytes() for batch in batches for task in batch.tasks}) == 5
+    assert len(architectures) > 4
+
+
+def test_families_where_none_are_named() -> None:
+    assert EpisodeOptions().families == ("mlp", "image_mlp", "cnn", "quadratic")
 
 
 def test_horizons_are_log_uniform_and_fit_the_timing() -> None:

@@ -22,7 +22,7 @@ BAD = {
     "unknown family": ({"tasks": {"families": ["mpl"]}}, "unknown family in tasks.families 'mpl'; did you mean 'mlp'?"),
     "unknown family held out": (
         {"validate": {"held_out": ["transformer"]}},
-        "unknown family in validate.held_out 'transformer'; known: cnn, image_mlp, mlp, quadratic",
+        "unknown family in validate.held_out 'transformer'; known: attention, cnn, image_mlp, mlp, quadratic, recurr",
     ),
     "unknown option": ({"options": {"hiden": [4]}}, "unknown option of learner 'ppo' 'hiden'; did you mean 'hidden'?"),
     "option of the spec": (

@@ -15,21 +15,30 @@ from trimtab.errors import InputError, UnknownNameError
 from trimtab.tasks import families, generated_images
 from trimtab.tasks.base import Split
 from trimtab.tasks.bundled import N_ROWS
-from trimtab.tasks.families import FAMILIES, HELD_OUT, SOURCES, draw_task, draw_tasks, is_held_out
+from trimtab.tasks.families import (
+    FAMILIES,
+    HELD_OUT,
+    SEQUENCE_FAMILIES,
+    SOURCES,
+    draw_task,
+    draw_tasks,
+    is_held_out,
+)
 from trimtab.tasks.generated_images import IMAGES
 from trimtab.tasks.pools import Pool, Sizes, cut, draw_sizes, flip_labels, log_uniform_count
-from trimtab.tasks.small import Network, SmallTask
+from trimtab.tasks.small import ModuleNetwork, Network, SmallTask
 from trimtab.training.loop import TrainingLoop
 
 SPLITS = ("train", "val", "score", "test")
 N_DRAWS = 300
+N_DRAWS_OF = dict.fromkeys(SEQUENCE_FAMILIES, 60)  # each holds ten times as much
 DOCUMENTATION = (Path(__file__).parents[3] / "docs" / "families.md").read_text(encoding="utf-8")
 EVERY_SOURCE = [(family, source) for family in FAMILIES for source in SOURCES[family]]
 
 
 @lru_cache(maxsize=3)
 def many(family):
-    return draw_tasks(family, N_DRAWS, seed=11)
+    return draw_tasks(family, N_DRAWS_OF.get(family, N_DRAWS), seed=11)
 
 
 def first_of(family, source):
@@ -98,8 +107,10 @@ def test_a_given_batch_size_changes_nothing_else(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_drawn_for_every_task_lies_within_its_range(family):
     tasks = many(family)
+    is_sequence = family in SEQUENCE_FAMILIES
+    least, most = (512, 4096) if is_sequence else (64, 1024)
     for task in tasks:
-        assert 64 <= len(task.train.inputs) <= 1024
+        assert least <= len(task.train.inputs) <= most
         assert task.source in SOURCES[family]
         assert task.batch_size in (8, 16, 32, 64)
         assert (task.optimizer, task.momentum) in {("sgd", 0.0), ("sgd", 0.9), ("adam", 0.0), ("adamw", 0.0)}
@@ -112,12 +123,12 @@ def test_what_is_drawn_for_every_task_lies_within_its_range(family):
             assert 128 <= len(task.test.inputs) <= 256
         if task.kind == "classification":
             assert 0 <= task.drawn["label_noise"] <= 0.2
-            assert 2 <= task.n_outputs <= 10
+            assert task.n_outputs == 32 if is_sequence else 2 <= task.n_outputs <= 10
     assert {task.batch_size for task in tasks} == {8, 16, 32, 64}
     assert {task.source for task in tasks} == set(SOURCES[family])
     assert {task.optimizer for task in tasks} == {"sgd", "adam", "adamw"}
     n_without_decay = sum(task.weight_decay == 0 for task in tasks)
-    assert abs(n_without_decay / N_DRAWS - 0.6) < 4 * math.sqrt(0.6 * 0.4 / N_DRAWS)
+    assert abs(n_without_decay / len(tasks) - 0.6) < 4 * math.sqrt(0.6 * 0.4 / len(tasks))
 
 
 def test_networks_and_data_of_the_mlp_family_lie_within_their_ranges():
@@ -194,6 +205,38 @@ def test_the_quadratic_family_is_a_linear_model_on_numbers():
         assert 0.03 <= task.drawn["noise"] <= 1
 
 
+@pytest.mark.parametrize("family", SEQUENCE_FAMILIES)
+def test_sequence_families_are_small_networks_on_characters(family):
+    for task in many(family):
+        network, (context,) = task.network, task.input_shape
+        assert (task.kind, task.drawn["context"], network.kind, network.dropout) == (
+            "classification",
+            context,
+            family,
+            0.0,
+        )
+        assert context in (8, 16, 24)
+        assert network.hidden[0] in (8, 16, 32)
+        assert len(set(network.hidden)) == 1 <= len(network.hidden) <= 2
+        assert set(task.train.inputs.unique().tolist()) <= set(range(32))
+    networks = [task.network for task in many(family)]
+    assert {task.input_shape[0] for task in many(family)} == {8, 16, 24}
+    assert {network.hidden for network in networks} == {(w,) * n for w in (8, 16, 32) for n in (1, 2)}
+    assert {network.heads for network in networks} == ({1, 2} if family == "attention" else {1})
+    assert {network.activation for network in networks} == (
+        {"relu", "tanh", "gelu"} if family == "attention" else {"tanh"}
+    )
+
+
+def test_a_task_like_another_has_its_architecture_and_data_of_its_own():
+    first = draw_tasks("attention", 1, seed=0)[0]
+    others = [draw_task("attention", np.random.default_rng(i), batch_size=8, like=first) for i in range(5)]
+    for task in others:
+        assert (task.network, task.input_shape) == (first.network, first.input_shape)
+    assert len({task.train.inputs.numpy().tobytes() for task in (first, *others)}) == 6
+    assert len({task.optimizer for task in others}) > 1
+
+
 def test_log_uniform_counts_reach_both_ends():
     generator = np.random.default_rng(0)
     drawn = [log_uniform_count(generator, 2, 8) for _ in range(2000)]
@@ -252,6 +295,9 @@ def test_each_draw_of_a_table_takes_other_rows():
 def test_inputs_are_standardised_over_train_alone(family, source):
     task = first_of(family, source)
     train, val = task.train.inputs, task.val.inputs
+    if source == "python-source":
+        assert torch.equal(train, train.floor())  # characters, as they are
+        return
     if source == "linear-regression":
         assert torch.allclose(train.mean(dim=0), torch.zeros(()), atol=1e-5)
         return
@@ -362,8 +408,8 @@ def test_images_that_may_be_anywhere_need_a_convolution(monkeypatch, source, lea
 @pytest.mark.parametrize(("family", "source"), EVERY_SOURCE)
 def test_the_loss_falls_in_sixty_steps_of_the_ordinary_loop(family, source):
     small = first_of(family, source)
-    hidden = {"mlp": (16,), "image_mlp": (16,), "cnn": (8,), "quadratic": ()}[family]
-    network = Network(small.network.kind, hidden, "relu")
+    hidden = {"cnn": (8,), "quadratic": ()}.get(family, (16,))
+    network = Network(small.network.kind, hidden, "tanh" if family == "recurrent" else "relu")
     small = dataclasses.replace(small, network=network, optimizer="adam", weight_decay=0.0, batch_size=32)
     task, data = small.to_task(total_steps=60, lr=1e-2)
     assert task.load(None) is data
@@ -429,7 +475,9 @@ def test_no_source_is_a_data_set_that_controllers_are_judged_on():
 
 
 def test_an_unknown_family_is_named_with_what_is_near():
-    text = r"unknown family of tasks 'mpl'; did you mean 'mlp'\? known: cnn, image_mlp, mlp, quadratic"
+    text = (
+        r"unknown family of tasks 'mpl'; did you mean 'mlp'\? known: attention, cnn, image_mlp, mlp, quadratic, recurr"
+    )
     with pytest.raises(UnknownNameError, match=text):
         draw_tasks("mpl", 1, seed=0)
     with pytest.raises(UnknownNameError, match=text):
@@ -448,6 +496,65 @@ def test_an_unknown_family_is_named_with_what_is_near():
             lambda: draw_task("mlp", np.random.default_rng(0), batch_size=65),
             "batch_size is 65; expected None or a whole number of 1 to 64",
         ),
+        (
+            lambda: draw_task("mlp", np.random.default_rng(0), like=small_task()),
+            "like is a task of family 'mlp' for one of 'mlp'; expected None, or one of the same family",
+        ),
+        (
+            lambda: draw_task("attention", np.random.default_rng(0), like=small_task()),
+            "like is a task of family 'mlp' for one of 'attention'; expected None, or one of the same family",
+        ),
+        (
+            lambda: Network("attention", (), "relu"),
+            r"hidden \(\) and dropout 0.0 of kind 'attention'; expected one width or more, and no dropout",
+        ),
+        (
+            lambda: Network("recurrent", (8,), "tanh", 0.1),
+            r"hidden \(8,\) and dropout 0.1 of kind 'recurrent'; expected one width or more, and no dropout",
+        ),
+        (lambda: Network("recurrent", (8,), "relu"), "activation of a recurrent network is 'relu'; expected 'tanh'"),
+        (lambda: Network("mlp", (8,), "relu", heads=2), "heads is 2 of kind 'mlp'; expected 1, only attention has"),
+        (
+            lambda: Network("attention", (8, 4), "relu"),
+            r"hidden \(8, 4\) and heads 1 of attention; expected one width for all blocks",
+        ),
+        (
+            lambda: Network("attention", (8,), "relu", heads=3),
+            r"hidden \(8,\) and heads 3 of attention; expected one width for all blocks, such as \(16, 16\), and a "
+            "number of heads that divides it",
+        ),
+        (
+            lambda: Network("recurrent", (4,), "tanh").make((1, 8, 8), 2),
+            r"inputs of shape \(1, 8, 8\) for kind 'recurrent'; expected characters, \(T,\)",
+        ),
+        (
+            lambda: small_task(
+                network=Network("recurrent", (4,), "tanh"),
+                val=Split(torch.full((8, 3), 2.0), torch.zeros(8, dtype=torch.int64)),
+            ),
+            "val has inputs that are no characters of a network of kind 'recurrent'; expected whole numbers of 0 to 1",
+        ),
+        (
+            lambda: small_task(
+                network=Network("attention", (4,), "tanh"),
+                train=Split(torch.full((8, 3), 0.5), torch.zeros(8, dtype=torch.int64)),
+            ),
+            "train has inputs that are no characters of a network of kind 'attention'",
+        ),
+        (
+            lambda: small_task(
+                kind="regression",
+                n_outputs=1,
+                network=Network("recurrent", (4,), "tanh"),
+                **dict.fromkeys(SPLITS, Split(torch.zeros(8, 3), torch.zeros(8))),
+            ),
+            "kind is 'regression' with a network of kind 'recurrent'; it tells a class",
+        ),
+        (
+            lambda: ModuleNetwork(nn.Linear(2, 2), "mine"),
+            r"make of a ModuleNetwork is 'Linear'; expected a function of \(input_shape, n_outputs\) that returns a",
+        ),
+        (lambda: ModuleNetwork(nn.Linear, ""), "name of a ModuleNetwork is ''; expected a text that says which"),
         (lambda: Network("mpl", (4,), "relu"), "unknown kind of network 'mpl'; did you mean 'mlp'"),
         (lambda: Network("mlp", (4,), "rely"), "unknown activation 'rely'; did you mean 'relu'"),
         (lambda: Network("mlp", (4, 0), "relu"), r"hidden is \(4, 0\); expected a tuple of whole numbers"),
