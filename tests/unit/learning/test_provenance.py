@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from trimtab import registry
 from trimtab.brain import Brain
 from trimtab.errors import InputError
 from trimtab.learning.provenance import check_provenance
@@ -50,4 +51,11 @@ def test_a_brain_that_does_not_say_what_it_has_seen_is_not_believed(provenance):
 
 def test_a_rule_has_seen_nothing():
     check_provenance(brain({}, "uwhg"), ["wine", "digits-mlp"])
-    check_provenance(Brain.load("default"), ["wine"])
+    check_provenance(Brain.load("default-open"), ["wine"])
+
+
+def test_the_shipped_default_has_not_seen_what_it_is_judged_on():
+    judged_on = [name for name in registry.names("task") if not name.startswith(("enwik8", "text8"))]
+    check_provenance(Brain.load("default"), judged_on)
+    with pytest.raises(InputError, match="task 'wine' is no test of this brain: it was taught on 'wine'"):
+        check_provenance(Brain.load("default"), ["wine"])
