@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import random
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -17,6 +18,9 @@ torch.set_num_threads(1)  # results to the bit, and two cores are shared by seve
 # What draws random numbers when it is first imported: scikit-learn, and torch's compiler with the first optimizer.
 importlib.import_module("sklearn.datasets")
 torch.optim.SGD([torch.zeros(1)], 0.1)
+# A job that a shell starts in the background ignores Ctrl-C, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
