@@ -1,0 +1,236 @@
+"""Learned controllers on fresh tasks of the families they were taught on, against a cosine tuned to each task.
+
+    python benchmarks/in_family.py [--family NAME ...] [--tasks N] [--brain NAME=FOLDER ...] [--out DIR]
+    python benchmarks/in_family.py --table     the table again, of what is kept
+
+A brain may do well here because it was taught on such tasks: this table is no evidence for others, and stands apart
+from that of benchmarks/zero_shot.py for this reason. What it shows is where taught controllers fall short of a tuned
+schedule at home. Tasks are drawn from a seed of their own; no learner was taught, watched or chosen on them.
+
+Of each task: a cosine at each of 16 rates with the choosing seeds, and at the rate of the least mean validation loss
+with the report seeds; the arms, once for each report seed, from rates spread evenly over the logarithm of 1e-5..1e-1,
+told the validation loss at every decision. Losses are those at the end on the split that is never observed. One below
+1e-3 counts as 1e-3; one that is not finite, or above twice the least at which a run of the task started, as that: for
+every arm. Intervals: 95 %, bootstrap over tasks. Kept in OUT/rows.jsonl as they end, one line a task and arm; a line
+that is there is not computed again. About 10 s a task with two arms on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from zero_shot_suite.arms import identity
+from zero_shot_suite.figures import geometric_mean
+from zero_shot_suite.parts import rate_grid
+
+from trimtab.agents.base import Agent, Timing
+from trimtab.brain import Brain
+from trimtab.envs.batched import TrainingVectorEnv
+from trimtab.envs.episodes import MAX_RUNS, Batch, EpisodeOptions, draw_episode
+from trimtab.learning.validation import play_to_end
+from trimtab.seeding import derive_seed, numpy_generator
+from trimtab.spec import ControlSpec, make_agent
+from trimtab.storage import append_lines, atomic_write, read_lines
+from trimtab.training.batched import BatchedTraining
+
+ROOT_SEED = 20_261_121
+RATES = 16
+LOWEST = 1e-3  # as where learners are validated: a ratio of two losses of nothing says nothing
+SEEDS = 8  # to choose, and as many others to report
+TUNED = {"sgd": (-4.0, 0.0), "adam": (-4.5, -0.5), "adamw": (-4.5, -0.5)}  # log10, as in benchmarks/zero_shot.py
+DRAWN = (1e-5, 1e-1)
+DEFAULT_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3}
+HORIZONS = {"50 to 170 steps": (0, 170), "171 to 590": (171, 590), "591 to 2000": (591, 10**9)}
+# Budgets in which the agents that we have decide equally often whatever run they are in.
+TIMINGS = (Timing(None, 20, 6), Timing(None, 20, 7))
+
+
+def draw_run(family: str, index: int) -> Batch:
+    """Task `index` of a family with a budget, as a batch of one run."""
+    seed = derive_seed(ROOT_SEED, family, index, "task in family")
+    options = EpisodeOptions(families=(family,), runs_per_task=1, max_cnn_horizon=400)
+    (batch,) = draw_episode(options, 1, TIMINGS[0], seed, TIMINGS[1:])
+    return batch
+
+
+def many(batch: Batch, rates: Sequence[float], seeds: Sequence[int]) -> Batch:
+    """The same task and budget for runs at these rates, with these seeds."""
+    n = len(rates)
+    return replace(
+        batch, tasks=batch.tasks * n, groups=(0,) * n, seeds=tuple(seeds), lr=tuple(rates), val_chance=(1.0,) * n
+    )
+
+
+def seeds_of(family: str, index: int, role: str) -> list[int]:
+    """Root seeds of a task's runs."""
+    return [derive_seed(ROOT_SEED, family, index, role, number, "run") >> 1 for number in range(SEEDS)]
+
+
+def drawn_rates(family: str, index: int) -> list[float]:
+    """Initial rates of the arms, one from each of so many equal stretches of the logarithm."""
+    generator = numpy_generator(ROOT_SEED, "rates in family", family, index)
+    places = (generator.permutation(SEEDS) + generator.random(SEEDS)) / SEEDS
+    low, high = np.log(DRAWN)
+    return [float(rate) for rate in np.exp(low + places * (high - low))]
+
+
+def train_cosine(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Validation and score loss at the end, and the score loss at the start, of plain cosine runs; (R,) each."""
+    found: list[list[np.ndarray]] = []
+    size = MAX_RUNS[batch.family]
+    schedule = ControlSpec.for_agent(make_agent("cosine")).make_schedule()
+    factors = [schedule(step, batch.total_steps) for step in range(batch.total_steps)]
+    for start in range(0, len(batch.tasks), size):
+        part = slice(start, start + size)
+        training = BatchedTraining(batch.tasks[part], batch.seeds[part], batch.lr[part])
+        first = training.evaluate("score")
+        training.run(batch.total_steps, factors)
+        found.append([loss.double().numpy() for loss in (training.evaluate("val"), training.evaluate("score"), first)])
+    val, score, first_ = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return val, score, first_
+
+
+def limited(losses: np.ndarray, limit: float) -> np.ndarray:
+    """Losses as they are counted."""
+    return np.clip(np.where(np.isfinite(losses), losses, limit), LOWEST, limit)
+
+
+def reference(family: str, index: int) -> dict[str, Any]:
+    """What tuned cosine reaches on a task, and what cosine does at the drawn rates and at the optimizer's default."""
+    batch = draw_run(family, index)
+    task = batch.tasks[0]
+    grid = rate_grid(TUNED[task.optimizer], RATES)
+    choosing, reporting = seeds_of(family, index, "choose"), seeds_of(family, index, "report")
+    val, _, first = train_cosine(many(batch, np.repeat(grid, SEEDS).tolist(), choosing * RATES))
+    limit = 2 * float(first.min())
+    best = grid[int(limited(val, limit).reshape(RATES, SEEDS).mean(axis=1).argmin())]
+    n = SEEDS
+    rates = [best] * n + drawn_rates(family, index) + [DEFAULT_RATES[task.optimizer]] * n
+    _, score, _ = train_cosine(many(batch, rates, reporting * 3))
+    tuned, drawn, default = limited(score, limit).reshape(3, n).mean(axis=1)
+    facts = {"steps": batch.total_steps, "optimizer": task.optimizer, "source": task.source, "rate": best}
+    losses = {"cosine": float(tuned), "cosine at a drawn rate": float(drawn), "default-cosine": float(default)}
+    return {"family": family, "index": index, "arm": "reference", "what": "", "limit": limit, **facts, "losses": losses}
+
+
+def play_arm(family: str, index: int, agent: Agent, spec: ControlSpec) -> np.ndarray:
+    """Final losses of an arm, one for each report seed."""
+    batch = many(draw_run(family, index), drawn_rates(family, index), seeds_of(family, index, "report"))
+    envs = TrainingVectorEnv(SEEDS, (family,), spec=spec)
+    return np.asarray(play_to_end(agent, envs, *envs.begin([batch]))["loss"])
+
+
+def load_arms(brains: Sequence[str]) -> dict[str, tuple[str, Agent, ControlSpec]]:
+    """Name -> what it is (for the rows), the agent and its spec."""
+    rule = make_agent("uwhg")
+    arms: dict[str, tuple[str, Agent, ControlSpec]] = {"uwhg": ("uwhg", rule, ControlSpec.for_agent(rule))}
+    for text in ("default", *brains):
+        name, _, where = text.partition("=")
+        brain = Brain.load(where or name)
+        arms[name] = (identity(f"brain:{name}", {name: where or name}), brain.agent, brain.spec)
+    return arms
+
+
+def run(families: Sequence[str], n_tasks: int, brains: Sequence[str], out: Path, console: Console) -> None:
+    """Compute what is missing."""
+    path = out / "rows.jsonl"
+    arms = load_arms(brains)
+    rows = [row for row in read_lines(path) if row["arm"] not in arms or row["what"] == arms[row["arm"]][0]]
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))  # less what was another brain
+    done = {(row["family"], row["index"], row["arm"], row["what"]) for row in rows}
+    with Progress(console=console) as progress:
+        bar = progress.add_task("tasks", total=len(families) * n_tasks)
+        for family in families:
+            for index in range(n_tasks):
+                progress.update(bar, description=f"{family} {index}")
+                if (family, index, "reference", "") not in done:
+                    append_lines(path, [reference(family, index)])
+                for name, (what, agent, spec) in arms.items():
+                    if (family, index, name, what) not in done:
+                        row = {"family": family, "index": index, "arm": name, "what": what}
+                        append_lines(path, [{**row, "losses": play_arm(family, index, agent, spec).tolist()}])
+                progress.advance(bar)
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, dict[tuple[str, int], float]]:
+    """Arm -> task -> loss over that of tuned cosine."""
+    references = {(row["family"], row["index"]): row for row in rows if row["arm"] == "reference"}
+    found: dict[str, dict[tuple[str, int], float]] = {}
+    for key, row in references.items():
+        for name, loss in row["losses"].items():
+            if name != "cosine":
+                found.setdefault(name, {})[key] = loss / row["losses"]["cosine"]
+    for row in rows:
+        key = (row["family"], row["index"])
+        if row["arm"] != "reference" and key in references:
+            kept = references[key]
+            mean = limited(np.asarray(row["losses"]), kept["limit"]).mean()
+            found.setdefault(row["arm"], {})[key] = float(mean) / kept["losses"]["cosine"]
+    return found
+
+
+def render(rows: Sequence[dict[str, Any]]) -> str:
+    """The tables, as Markdown."""
+    facts = {(row["family"], row["index"]): row for row in rows if row["arm"] == "reference"}
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for key in facts:
+        groups.setdefault(key[0], []).append(key)
+    for name, (low, high) in HORIZONS.items():
+        groups[name] = [key for key, row in facts.items() if low <= row["steps"] <= high]
+    for name in DEFAULT_RATES:
+        groups[name] = [key for key, row in facts.items() if row["optimizer"] == name]
+    groups["all"] = list(facts)
+    groups = {name: keys for name, keys in groups.items() if keys}
+    table = ratios(rows)
+    lines = ["| tasks | n | " + " | ".join(table) + " |", "|---|---:|" + "---:|" * len(table)]
+    for name, keys in groups.items():
+        cells = []
+        for arm in table.values():
+            there = [arm[key] for key in keys if key in arm]
+            if not there:
+                cells.append("-")
+                continue
+            low, high = _interval(there)
+            cells.append(f"{geometric_mean(there):.3f} [{low:.2f}, {high:.2f}]")
+        lines.append(f"| {name} | {len(keys)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % for a geometric mean, by resampling tasks."""
+    logs = np.log(values)
+    draws = np.random.default_rng(0).integers(len(logs), size=(2000, len(logs)))
+    low, high = np.quantile(logs[draws].mean(axis=1), (0.025, 0.975))
+    return float(np.exp(low)), float(np.exp(high))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", action="append", help="a family; several may be given; all four without")
+    parser.add_argument("--tasks", type=int, default=24, help="tasks of each family")
+    parser.add_argument("--brain", action="append", default=[], help="NAME=FOLDER, another arm")
+    parser.add_argument("--table", action="store_true", help="compute nothing")
+    parser.add_argument("--out", type=Path, default=Path("in-family"))
+    asked = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    if not asked.table:
+        asked.out.mkdir(parents=True, exist_ok=True)
+        run(asked.family or ("mlp", "image_mlp", "quadratic", "cnn"), asked.tasks, asked.brain, asked.out, console)
+    text = render(read_lines(asked.out / "rows.jsonl"))
+    atomic_write(asked.out / "table.md", text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The table of fresh tasks of trained families."""
+
+import json
+
+import in_family
+import numpy as np
+import pytest
+
+from trimtab.agents.base import Timing
+from trimtab.spec import ControlSpec, make_agent
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(in_family, "RATES", 3)
+    monkeypatch.setattr(in_family, "SEEDS", 2)
+
+
+@pytest.mark.parametrize("family", ["mlp", "quadratic"])
+def test_a_cosine_played_as_an_arm_is_the_cosine_of_the_reference(small, family):
+    agent = make_agent("cosine")
+    spec = ControlSpec.for_agent(agent, timing=Timing(None, 20, 6), signals=("progress",))
+    kept = in_family.reference(family, 1)
+    played = in_family.limited(in_family.play_arm(family, 1, agent, spec), kept["limit"])
+    assert played.mean() == pytest.approx(kept["losses"]["cosine at a drawn rate"], rel=1e-5)
+    assert kept["losses"]["cosine"] < kept["losses"]["cosine at a drawn rate"]
+    assert kept["rate"] in in_family.rate_grid(in_family.TUNED[kept["optimizer"]], 3)
+
+
+def test_seeds_that_choose_report_nothing_and_rates_are_spread():
+    assert not {*in_family.seeds_of("mlp", 0, "choose")} & {*in_family.seeds_of("mlp", 0, "report")}
+    places = (np.log10(sorted(in_family.drawn_rates("mlp", 0))) + 5) / 4 * in_family.SEEDS
+    assert np.floor(places).tolist() == list(range(in_family.SEEDS))
+
+
+def test_what_is_lost_counts_as_the_limit_and_nothing_as_the_least():
+    assert in_family.limited(np.array([np.nan, np.inf, 9.0, 0.5, 1e-9]), 2.0).tolist() == [2.0, 2.0, 2.0, 0.5, 1e-3]
+
+
+def test_the_table_is_the_geometric_mean_over_tasks():
+    rows = [
+        {"family": "mlp", "index": i, "arm": "reference", "what": "", "limit": 9.0, "steps": steps,
+         "optimizer": optimizer, "losses": {"cosine": 0.5, "default-cosine": 1.0}}
+        for i, (steps, optimizer) in enumerate([(100, "sgd"), (1000, "adam")])
+    ]  # fmt: skip
+    rows += [
+        {"family": "mlp", "index": i, "arm": "ours", "what": "x", "losses": [a, 0.5]} for i, a in enumerate((0.5, 3.5))
+    ]
+    lines = in_family.render(rows).splitlines()
+    assert lines[0] == "| tasks | n | default-cosine | ours |"
+    cells = {line.split("|")[1].strip(): line.split("|")[4].split()[0] for line in lines[2:]}
+    assert cells == {"mlp": "2.000", "50 to 170 steps": "1.000", "591 to 2000": "4.000", "sgd": "1.000",
+                     "adam": "4.000", "all": "2.000"}  # fmt: skip
+
+
+def test_what_is_kept_is_not_computed_again_but_for_another_brain(small, tmp_path, capsys):
+    asked = ["--family", "quadratic", "--tasks", "1", "--out", str(tmp_path)]
+    assert in_family.main(asked) == 0
+    first = (tmp_path / "rows.jsonl").read_text()
+    assert [json.loads(line)["arm"] for line in first.splitlines()] == ["reference", "uwhg", "default"]
+    in_family.main(asked)
+    assert (tmp_path / "rows.jsonl").read_text() == first
+    rows = [json.loads(line) for line in first.splitlines()]
+    rows[2].update(what="another brain", losses=[1.0, 1.0])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    in_family.main(asked)
+    assert (tmp_path / "rows.jsonl").read_text() == first
+    assert capsys.readouterr().out.count("| quadratic | 1 |") == 3
