@@ -31,10 +31,10 @@ __all__ = [
 ]
 
 # Runs that are trained as one batch: beyond it activations leave the caches.
-MAX_RUNS = {"mlp": 128, "image_mlp": 64, "quadratic": 128, "cnn": 64, "attention": 64, "recurrent": 64}
-# What is taken where no families are named: sequences cost several times as much, and are there to be asked for.
+MAX_RUNS = {"mlp": 128, "image_mlp": 64, "quadratic": 128, "wide_mlp": 64, "cnn": 64, "attention": 64, "recurrent": 64}
+# What is taken where no families are named: the others cost several times as much, and are there to be asked for.
 DEFAULT_FAMILIES = ("mlp", "image_mlp", "cnn", "quadratic")
-_DEAR = ("cnn", *SEQUENCE_FAMILIES)
+_DEAR = ("wide_mlp", "cnn", *SEQUENCE_FAMILIES)
 # A budget may be moved by so many steps, or by its own length. Decisions of two agents may fit no short budget: the
 # first that fits both 20 with none before them and 20 with seven before is 134 steps.
 _REACH = 256
@@ -49,8 +49,8 @@ class EpisodeOptions:
             often.
         runs_per_task: Runs of each task, compared with one another.
         horizon: Least and largest budget in optimizer steps, drawn log-uniformly for each batch of runs.
-        max_cnn_horizon: The largest for convolutional networks, and for attention and recurrent ones, which cost ten
-            times as much a step and more.
+        max_cnn_horizon: The largest for convolutional networks, and for wide, attention and recurrent ones, which cost
+            ten times as much a step and more.
         initial_lr: Least and largest initial rate, drawn log-uniformly, spread evenly over the runs of a task.
         no_validation: Share of tasks whose runs never report a validation loss.
         some_validation: Share of tasks whose runs report one at every other decision, by chance.

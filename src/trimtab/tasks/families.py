@@ -46,13 +46,14 @@ BATCH_SIZES = (8, 16, 32, 64)
 MLP_WIDTH = (4, 32)
 MLP_LAYERS = (1, 3)
 IMAGE_MLP_WIDTH = (16, 64)
+WIDE_MLP_WIDTH = (64, 128)
 CNN_CHANNELS = (2, 8)
 CNN_LAYERS = (1, 2)
 SEQUENCE_WIDTHS = {8: 0.4, 16: 0.4, 32: 0.2}  # powers of two, which heads divide
 SEQUENCE_LAYERS = {1: 0.6, 2: 0.4}
 ATTENTION_HEADS = {1: 0.5, 2: 0.5}
-# Of fewer characters a network learns hardly more than how often each occurs.
-SEQUENCE_TRAIN_ROWS = (512, 4096)
+# Of fewer characters a network learns hardly more than how often each occurs; a wide one learns fewer rows by heart.
+MANY_TRAIN_ROWS = (512, 4096)
 DROPOUT = (0.05, 0.3)
 COUPLED_DECAY = (1e-5, 1e-2)  # SGD and Adam, where it is added to the gradient
 DECOUPLED_DECAY = (1e-3, 1e-1)  # AdamW, where it is multiplied by the rate
@@ -75,15 +76,18 @@ _MLP_SOURCES = {
     "iris": 0.1,
     "diabetes": 0.1,
 }
+# Textures are left out: where a network has no filters, hardly anything can be learned of them.
+_FLAT_SOURCES = {"smooth-fields": 0.5, "shifted-prototypes": 0.3, "gratings": 0.2}
 _SHARES = {
     "mlp": _MLP_SOURCES,
-    # Textures are left out: where a network has no filters, hardly anything can be learned of them.
-    "image_mlp": {"smooth-fields": 0.5, "shifted-prototypes": 0.3, "gratings": 0.2},
+    "image_mlp": _FLAT_SOURCES,
+    "wide_mlp": _FLAT_SOURCES,
     "cnn": dict.fromkeys(generated_images.IMAGES, 1 / len(generated_images.IMAGES)),
     "quadratic": {"linear-regression": 1.0},
     "attention": {"python-source": 1.0},
     "recurrent": {"python-source": 1.0},
 }
+_WIDTHS = {"mlp": MLP_WIDTH, "image_mlp": IMAGE_MLP_WIDTH, "wide_mlp": WIDE_MLP_WIDTH}
 FAMILIES = tuple(_SHARES)
 SEQUENCE_FAMILIES = ("attention", "recurrent")
 SOURCES = {family: tuple(shares) for family, shares in _SHARES.items()}
@@ -150,13 +154,16 @@ def draw_task(
             f"among {', '.join(SEQUENCE_FAMILIES)}"
         )
     source = _choose(generator, _SHARES[family])
-    train_rows = SEQUENCE_TRAIN_ROWS if family in SEQUENCE_FAMILIES else TRAIN_ROWS
+    has_many_rows = family in (*SEQUENCE_FAMILIES, "wide_mlp")
+    train_rows = MANY_TRAIN_ROWS if has_many_rows else TRAIN_ROWS
     sizes = draw_sizes(generator, bundled.N_ROWS.get(source), train_rows)
-    if like is None:
-        pool = _MAKERS[source](generator, sizes)
-    else:
+    if like is not None:
         pool = python_source.python_source(generator, sizes, context=like.input_shape[0])
-    if family == "image_mlp":
+    elif family == "wide_mlp":
+        pool = generated_images.LARGE_IMAGES[source](generator, sizes)
+    else:
+        pool = _MAKERS[source](generator, sizes)
+    if family in ("image_mlp", "wide_mlp"):
         pool = replace(pool, inputs=pool.inputs.reshape(len(pool.inputs), -1))
     is_classification = pool.targets.dtype == np.int64
     drawn = dict(pool.drawn)
@@ -210,10 +217,10 @@ def _draw_network(family: str, generator: np.random.Generator) -> Network:
     dropout = _sometimes(generator, "dropout", generator.uniform(*DROPOUT))
     if family == "quadratic":
         return Network("mlp", (), "relu")
-    if family in ("mlp", "image_mlp"):
+    if family in _WIDTHS:
         n_layers = int(generator.integers(MLP_LAYERS[0], MLP_LAYERS[1] + 1))
-        bounds = MLP_WIDTH if family == "mlp" else IMAGE_MLP_WIDTH
-        return Network("mlp", (log_uniform_count(generator, *bounds),) * n_layers, activation, dropout)
+        width = log_uniform_count(generator, *_WIDTHS[family])
+        return Network("mlp", (width,) * n_layers, activation, dropout)
     if family in SEQUENCE_FAMILIES:
         hidden = (_choose(generator, SEQUENCE_WIDTHS),) * _choose(generator, SEQUENCE_LAYERS)
         heads = _choose(generator, ATTENTION_HEADS)

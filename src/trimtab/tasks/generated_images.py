@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from trimtab.tasks.pools import Pool, Sizes, log_uniform
 
-__all__ = ["CLASSES_BY_SIDE", "IMAGES", "PIXEL_NOISE", "SIDES"]
+__all__ = ["CLASSES_BY_SIDE", "IMAGES", "LARGE_IMAGES", "LARGE_SIDES", "PIXEL_NOISE", "SIDES"]
 
 SIDES = {4: 0.15, 6: 0.25, 8: 0.6}  # pixels: how likely
-CLASSES_BY_SIDE = {4: (2, 4), 6: (2, 6), 8: (2, 10)}  # a smaller image has not room for more
+LARGE_SIDES = {16: 1.0}
+CLASSES_BY_SIDE = {4: (2, 4), 6: (2, 6), 8: (2, 10), 16: (5, 10)}  # a smaller image has not room for more
 # Deviation, of a signal with deviation about 1; textures are the hardest to tell apart without it.
 PIXEL_NOISE = {
     "gratings": (0.1, 1.0),
@@ -90,8 +91,9 @@ def _smooth_fields(generator: np.random.Generator, labels: Classes, n_classes: i
     return images, {"blur": blur, "strength": strength}
 
 
-def _images(name: str, generator: np.random.Generator, sizes: Sizes) -> Pool:
-    side = int(generator.choice(list(SIDES), p=list(SIDES.values())))
+def _images(name: str, generator: np.random.Generator, sizes: Sizes, *, are_large: bool = False) -> Pool:
+    sides = LARGE_SIDES if are_large else SIDES
+    side = int(generator.choice(list(sides), p=list(sides.values())))
     low, high = CLASSES_BY_SIDE[side]
     n_classes = int(generator.integers(low, high + 1))
     labels = generator.integers(0, n_classes, size=sizes.total)
@@ -119,4 +121,6 @@ _KINDS: dict[str, _Kind] = {
     "smooth-fields": _smooth_fields,
     "textures": _textures,
 }
-IMAGES: dict[str, Callable[[np.random.Generator, Sizes], Pool]] = {name: partial(_images, name) for name in _KINDS}
+_Maker = Callable[[np.random.Generator, Sizes], Pool]
+IMAGES: dict[str, _Maker] = {name: partial(_images, name) for name in _KINDS}
+LARGE_IMAGES: dict[str, _Maker] = {name: partial(_images, name, are_large=True) for name in _KINDS}

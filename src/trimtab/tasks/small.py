@@ -187,8 +187,8 @@ class SmallTask:
     """Data, network and optimizer of a short run; rate, horizon and seeds are the run's own.
 
     Attributes:
-        family: "mlp", "image_mlp" (an MLP on flattened images), "cnn", "quadratic" (a linear model with squared
-            error), "attention", "recurrent", or a name of one's own.
+        family: "mlp", "image_mlp" (an MLP on flattened images), "wide_mlp" (a wider one on larger images), "cnn",
+            "quadratic" (a linear model with squared error), "attention", "recurrent", or a name of one's own.
         source: Where its rows come from.
         kind: "classification" (cross-entropy) or "regression" (mean squared error).
         train: What is trained on; inputs (N, D), (N, 1, H, W) or (N, T) float32, targets (N,) int64 classes or

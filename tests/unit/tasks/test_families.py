@@ -31,7 +31,8 @@ from trimtab.training.loop import TrainingLoop
 
 SPLITS = ("train", "val", "score", "test")
 N_DRAWS = 300
-N_DRAWS_OF = dict.fromkeys(SEQUENCE_FAMILIES, 60)  # each holds ten times as much
+HAVE_MANY_ROWS = (*SEQUENCE_FAMILIES, "wide_mlp")
+N_DRAWS_OF = dict.fromkeys(HAVE_MANY_ROWS, 60)  # each holds ten times as much
 DOCUMENTATION = (Path(__file__).parents[3] / "docs" / "families.md").read_text(encoding="utf-8")
 EVERY_SOURCE = [(family, source) for family in FAMILIES for source in SOURCES[family]]
 
@@ -108,7 +109,7 @@ def test_a_given_batch_size_changes_nothing_else(family):
 def test_what_is_drawn_for_every_task_lies_within_its_range(family):
     tasks = many(family)
     is_sequence = family in SEQUENCE_FAMILIES
-    least, most = (512, 4096) if is_sequence else (64, 1024)
+    least, most = (512, 4096) if family in HAVE_MANY_ROWS else (64, 1024)
     for task in tasks:
         assert least <= len(task.train.inputs) <= most
         assert task.source in SOURCES[family]
@@ -192,6 +193,16 @@ def test_the_image_mlp_family_is_wider_networks_on_flattened_images():
         assert float(task.train.inputs.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
     assert {task.n_features for task in many("image_mlp")} == set(sides)
     assert {len(task.network.hidden) for task in many("image_mlp")} == {1, 2, 3}
+
+
+def test_the_wide_mlp_family_is_larger_than_what_is_learned_on():
+    for task in many("wide_mlp"):
+        assert task.input_shape == (256,)
+        assert 5 <= task.n_outputs <= 10
+        assert task.network.kind == "mlp"
+        assert all(64 <= width <= 128 for width in task.network.hidden)
+        assert float(task.train.inputs.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
+    assert {task.source for task in many("wide_mlp")} == {"smooth-fields", "shifted-prototypes", "gratings"}
 
 
 def test_the_quadratic_family_is_a_linear_model_on_numbers():
