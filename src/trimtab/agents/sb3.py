@@ -86,7 +86,9 @@ class PPOOptions(_Options):
         max_grad_norm: Gradients are shortened to this norm.
     """
 
-    epochs: int = 4
+    # An episode costs a hundred times what an update does: as many updates as the clip allows.
+    batch_size: int = 256
+    epochs: int = 8
     clip: float = 0.2
     gae_lambda: float = 0.97
     entropy: float = 0.02
