@@ -116,7 +116,8 @@ def test_our_recipes_are_good():
         check_recipe(recipe)
     closed, free = load_recipe("default"), load_recipe("default-open")
     assert closed.tasks == free.tasks
-    assert closed.tasks.families == ("mlp", "image_mlp", "quadratic", "cnn")
+    assert closed.tasks.families == ("mlp", "image_mlp", "cnn", "mlp", "quadratic")
+    assert closed.choosing_families == free.choosing_families == ("mlp", "image_mlp", "wide_mlp", "cnn")
     assert free.spec.base == "constant"
     assert [name for name in SIGNALS if name not in free.spec.signals] == ["progress", "budget_log_steps"]
 
