@@ -1,9 +1,10 @@
 """The variants of a recipe, each without one thing or with another in its place.
 
 Called by ablations.py and by its workers. Every variant differs from `full` in one thing. `full` itself differs from
-the recipe in two, so that all variants can be made alike: the brain is trusted everywhere (`keep_ranges: false`),
-since the rule that would take over needs signals that some variants do not observe; and of each recipe single agents
-are looked at (`choose: best`), since seeds are what is compared.
+the recipe in up to three, so that all variants can be made alike: it is no residual, and the brain is trusted
+everywhere (`keep_ranges: false`), since the rule under a residual, or the one that would take over, needs signals that
+some variants do not observe; and of each recipe single agents are looked at (`choose: best`), since seeds are what is
+compared. Where the recipe is a residual, the variant `residual` is nearest to it.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def make_full(recipe: Recipe, held_out: Sequence[str] = ()) -> Recipe:
     chosen_by = [family for family in validate["families"] or () if family not in held_out]
     validate["families"] = chosen_by or None
     validate["held_out"] = list(dict.fromkeys([*validate["held_out"], *held_out]))
+    if data["options"].pop("residual", None) is not None:
+        data["spec"]["early_decisions"] = None  # the agent's own number, which is one less without the rule
     full = Recipe.model_validate({**data, "keep_ranges": False, "choose": "best"})
     check_recipe(full)
     return full

@@ -76,7 +76,10 @@ def test_every_signal_is_in_one_family_of_features():
 
 
 def test_full_is_the_recipe_but_for_what_all_variants_can_have(full):
-    assert difference(load_recipe("default"), full) == {"keep_ranges": False, "choose": "best"}
+    changes = {"keep_ranges": False, "choose": "best", "options.residual": None, "spec.early_decisions": None}
+    assert difference(load_recipe("default"), full) == changes
+    smoke = load_recipe("smoke")
+    assert set(difference(smoke, make_full(smoke))) <= {"keep_ranges", "choose"}
 
 
 def test_each_variant_differs_from_full_in_one_thing(full, variants):
@@ -85,7 +88,7 @@ def test_each_variant_differs_from_full_in_one_thing(full, variants):
         "reward-unranked": {"spec.reward": "log_improvement"},
         "reward-greedy": {"spec.reward": "log_improvement", "options.gamma": 0.5},
         "constant-base": {"spec.base": "constant"},
-        "residual": {"options.residual": "uwhg", "spec.early_decisions": None},
+        "residual": {"options.residual": "uwhg"},
         "no-early": {"spec.early_decisions": 0},
     }
     for name, left_out in FEATURES.items():
@@ -124,8 +127,9 @@ def test_evolution_strategies_have_no_gamma_and_no_residual(full):
 def test_held_out_families_are_neither_trained_on_nor_chosen_by():
     recipe = load_recipe("default")
     held = make_full(recipe, ["cnn"])
-    assert held.tasks.families == held.choosing_families == ("mlp", "image_mlp", "quadratic")
-    assert held.validate_on.held_out == ("cnn",)
+    assert held.tasks.families == ("mlp", "image_mlp", "mlp", "quadratic")
+    assert held.choosing_families == ("mlp", "image_mlp", "wide_mlp")
+    assert held.validate_on.held_out == ("recurrent", "cnn")
     chosen = make_full(changed(recipe, validate={"families": ["cnn", "mlp"]}), ["cnn"])
     assert chosen.choosing_families == ("mlp",)
     with pytest.raises(UnknownNameError, match="unknown family to hold out 'cmn'; did you mean 'cnn'"):
@@ -138,7 +142,8 @@ def test_held_out_families_are_neither_trained_on_nor_chosen_by():
 
 
 def test_agents_that_decide_at_other_times_play_the_same_runs(full):
-    short = changed(full, tasks={"families": ["quadratic", "mlp"], "horizon": [50, 90]}, validate={"num_envs": 8})
+    tasks, own = {"families": ["quadratic", "mlp"], "horizon": [50, 90]}, {"families": None, "held_out": []}
+    short = changed(full, tasks=tasks, validate={"num_envs": 8, **own})
     plan = replace(playing.make_episodes(short, 0), episodes=2)
     assert [timing.early_decisions for timing in plan.timings] == [6, 7]
     played = []
