@@ -1,9 +1,12 @@
 """What RLScheduler costs: whole training loops with it, with torch's CosineAnnealingLR, and with no scheduler.
 
+Twice: `trimtab` is the rule `uwhg` with a decision every 10 optimizer steps; `default` is the default brain at its own
+times (27 in a run), told the model, so that it keeps the averaged weights too.
+
     python benchmarks/overhead.py [--task digits-mlp] [--pairs 30] [--data-dir DIR] [--out FILE.json]
 
 Everything counts: hooks, loss accumulation, gradient statistics, snapshots, signals, a decision every 10 optimizer
-steps, writing and reading back; the decisions are counted. The three loops start from the same state and are run in
+steps, writing and reading back; the decisions are counted. The four loops start from the same state and are run in
 turn, in an order that changes from round to round, so that the machine's drift meets them alike. CPU seconds of the
 process on one thread; the figure is the median over rounds of (with - without) / without, with its quartiles, and
 beside it the ratio of the fastest loops, which a busy machine disturbs least.
@@ -34,10 +37,16 @@ GOALS = {"digits-mlp": 0.03, "shakespeare-gpt": 0.01}
 EVERY = 10
 
 
-def make_scheduler(kind: str, optimizer: torch.optim.Optimizer, steps: int):
+KINDS = ("plain", "cosine", "trimtab", "default")
+
+
+def make_scheduler(kind: str, loop: TrainingLoop, steps: int):
     """The scheduler under test, or None."""
+    optimizer = loop.optimizer
     if kind == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if kind == "default":
+        return trimtab.RLScheduler(optimizer, total_steps=steps, model=loop.model)
     if kind == "trimtab":
         agent = make_agent("uwhg")
         brain = trimtab.Brain(agent, ControlSpec.for_agent(agent, timing=Timing(every=EVERY)))
@@ -50,9 +59,10 @@ def run(task, data, kind: str, steps: int) -> tuple[float, int]:
     loop = TrainingLoop(task, data, seed=0)
     for _ in range(3):
         loop.step()  # optimizer state and allocator are warm before the clock starts
-    scheduler = make_scheduler(kind, loop.optimizer, steps)
+    scheduler = make_scheduler(kind, loop, steps)
+    is_ours = kind in ("trimtab", "default")
     started = time.process_time()
-    if kind == "trimtab":
+    if is_ours:
         for _ in range(steps):
             scheduler.step(loop.step())
     elif kind == "cosine":
@@ -63,7 +73,7 @@ def run(task, data, kind: str, steps: int) -> tuple[float, int]:
         for _ in range(steps):
             loop.step()
     seconds = time.process_time() - started
-    return seconds, len(scheduler.decisions) if kind == "trimtab" else 0
+    return seconds, len(scheduler.decisions) if is_ours else 0
 
 
 def stand_in_text(folder: Path) -> Path:
@@ -75,20 +85,19 @@ def stand_in_text(folder: Path) -> Path:
 
 
 def measure(name: str, pairs: int, data_dir: Path | None) -> dict:
-    """Run the three loops `pairs` times in turn."""
+    """Run the four loops `pairs` times in turn."""
     task = registry.load("task", name)("small")
     data = task.load(data_dir)
     steps = STEPS[name]
-    kinds = ["plain", "cosine", "trimtab"]
-    seconds = {kind: [] for kind in kinds}
-    decisions = 0
-    for kind in kinds:
+    seconds = {kind: [] for kind in KINDS}
+    decisions = dict.fromkeys(KINDS, 0)
+    for kind in KINDS:
         run(task, data, kind, min(steps, 50))
     for turn in range(pairs):
-        for kind in kinds[turn % 3 :] + kinds[: turn % 3]:
+        for kind in KINDS[turn % 4 :] + KINDS[: turn % 4]:
             spent, count = run(task, data, kind, steps)
             seconds[kind].append(spent)
-            decisions += count
+            decisions[kind] += count
         print(f"{name}: round {turn + 1} of {pairs}", end="\r", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     plain = seconds["plain"]
@@ -96,12 +105,10 @@ def measure(name: str, pairs: int, data_dir: Path | None) -> dict:
         "task": name,
         "steps_a_loop": steps,
         "rounds": pairs,
-        "decisions": decisions,
-        "decisions_a_loop": decisions / pairs,
         "plain_us_a_step": statistics.median(plain) / steps * 1e6,
         "goal_share": GOALS[name],
     }
-    for kind in ("cosine", "trimtab"):
+    for kind in KINDS[1:]:
         shares = [(with_it - without) / without for with_it, without in zip(seconds[kind], plain, strict=True)]
         low, middle, high = statistics.quantiles(shares, n=4)
         result[kind] = {
@@ -110,6 +117,8 @@ def measure(name: str, pairs: int, data_dir: Path | None) -> dict:
             "share_of_totals": sum(seconds[kind]) / sum(plain) - 1,
             "us_a_step": middle * result["plain_us_a_step"],
             "share_of_minima": min(seconds[kind]) / min(plain) - 1,
+            "decisions": decisions[kind],
+            "decisions_a_loop": decisions[kind] / pairs,
         }
     result["seconds"] = seconds
     return result
@@ -124,22 +133,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "overhead.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = []
+    results, pairs = [], arguments.pairs
     for name in arguments.task or sorted(STEPS):
         with tempfile.TemporaryDirectory() as folder:
             data_dir = arguments.data_dir
             if name == "shakespeare-gpt" and data_dir is None:
                 data_dir = stand_in_text(Path(folder))
-            results.append(measure(name, arguments.pairs, data_dir))
+            results.append(measure(name, pairs, data_dir))
         row = results[-1]
-        for kind in ("cosine", "trimtab"):
+        for kind in KINDS[1:]:
             low, high = row[kind]["share_quartiles"]
             print(
                 f"{name:16s} {kind:8s} {row[kind]['share_median']:+7.2%} of a step of {row['plain_us_a_step']:.0f} us "
                 f"(quartiles {low:+.2%} to {high:+.2%}), {row[kind]['us_a_step']:.1f} us a step; "
                 f"fastest loops {row[kind]['share_of_minima']:+.2%}"
             )
-        print(f"{name:16s} {row['decisions']} decisions in {row['rounds']} loops of {row['steps_a_loop']} steps")
+            if row[kind]["decisions"]:
+                print(f"{'':25s} {row[kind]['decisions']} decisions in {pairs} loops of {row['steps_a_loop']} steps")
     machine = {
         "python": platform.python_version(),
         "torch": torch.__version__,
