@@ -131,7 +131,7 @@ def _tokens(input_shape: Sequence[int]) -> int:
 
 
 def _mkldnn_forward(input_shape: Any, weight_ih: Any, weight_hh: Any, *_: Any, **__: Any) -> int:
-    return 2 * _tokens(input_shape) * (math.prod(weight_ih) + math.prod(weight_hh))
+    return 2 * _tokens(input_shape) * int(math.prod(weight_ih) + math.prod(weight_hh))
 
 
 def _mkldnn_backward(input_shape: Any, weight_ih: Any, weight_hh: Any, *_: Any, **__: Any) -> int:
@@ -140,7 +140,7 @@ def _mkldnn_backward(input_shape: Any, weight_ih: Any, weight_hh: Any, *_: Any, 
 
 def _cudnn_forward(input_shape: Any, weights: Any, *_: Any, **__: Any) -> int:
     """Biases are the vectors among the weights."""
-    return 2 * _tokens(input_shape) * sum(math.prod(weight) for weight in weights if len(weight) == 2)
+    return 2 * _tokens(input_shape) * sum(int(math.prod(weight)) for weight in weights if len(weight) == 2)
 
 
 def _cudnn_backward(input_shape: Any, weights: Any, *_: Any, **__: Any) -> int:
@@ -148,11 +148,11 @@ def _cudnn_backward(input_shape: Any, weights: Any, *_: Any, **__: Any) -> int:
 
 
 def _attention_forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad_out, query, key, value))
+    return int(sdpa_backward_flop_count(grad_out, query, key, value))  # type: ignore[no-untyped-call]
 
 
 _FORMULAS: dict[Any, Any] = {
