@@ -4,9 +4,9 @@ Called by `surgeon`, and by `optimizer_state` for what an optimizer keeps. Funct
 (Chen, Goodfellow, Shlens 2016, arXiv:1511.05641, section 2.2): new units copy old ones, and what reads a unit that is
 now there k times reads each of them with 1/k of the weight. docs/surgery.md has the formulas.
 
-Deviation: the copied units are not drawn with replacement; every unit is copied once before any is copied twice. That
-keeps the k equal to within one, layer norms exact where k is the same for all, and undoing exact to the bit up to six
-copies of each, since (w / k) k = w in binary floating point for k = 2^i + 2^j (Kahan; Goldberg 1991, theorem 7).
+Deviations: the copied units are not drawn with replacement; every unit is copied once before any is copied twice, which
+keeps the k equal to within one, and layer norms exact where k is the same for all. And w / k is rounded to the digits of
+w, the first of the k getting what is left, so that the shares add up to w to the bit: narrowing gives back the weights.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def remap(tensor: Tensor, dim: int, layout: Layout, spaces: Spaces, space: int, 
     """
     index: list[int] = []
     divisors: list[int] = []
+    is_first: list[bool] = []  # of the places that share one
     onto: list[tuple[int, int]] = []  # (old place, new place)
     start = 0
     for segment in layout:
@@ -112,12 +113,14 @@ def remap(tensor: Tensor, dim: int, layout: Layout, spaces: Spaces, space: int, 
             length = spaces.size((segment,))
             index += range(start, start + length)
             divisors += [1] * length
+            is_first += [True] * length
             start += length
             continue
         new_start = len(index)
-        for source, divisor in zip(units.sources, units.divisors, strict=True):
+        for unit, (source, divisor) in enumerate(zip(units.sources, units.divisors, strict=True)):
             index += range(start + source * width, start + (source + 1) * width)
             divisors += [divisor] * width
+            is_first += [unit < spaces[space].size] * width
         for old, new in units.folded:
             onto += [(start + old * width + place, new_start + new * width + place) for place in range(width)]
         start += spaces.size((segment,))
@@ -128,20 +131,32 @@ def remap(tensor: Tensor, dim: int, layout: Layout, spaces: Spaces, space: int, 
         shape = [1] * tensor.ndim
         shape[dim] = -1
         by = torch.tensor(divisors, dtype=tensor.dtype, device=tensor.device).view(shape)
-        taken = taken / by if share == "divided" else taken / by / by
+        first = torch.tensor(is_first, device=tensor.device).view(shape)
+        taken = _shares(taken, by, first) if share == "divided" else taken / by / by
     return _fold(taken, tensor.detach(), dim, onto, share) if onto else taken
 
 
+def _shares(whole: Tensor, by: Tensor, first: Tensor) -> Tensor:
+    """Shares of 1/k that add up, in any order, to the whole without rounding.
+
+    Every share is a multiple of the last digit of the whole, so no partial sum has more digits. (a + w) - w rounds a to
+    a multiple of w's last digit, or of the one before. Two halves are exact anyway.
+    """
+    even = whole / by
+    rounded = (even + whole) - whole
+    uneven = torch.where(first, whole - (by - 1) * rounded, rounded)
+    return torch.where(by <= 2, even, uneven)
+
+
 def _fold(taken: Tensor, tensor: Tensor, dim: int, onto: list[tuple[int, int]], share: Share) -> Tensor:
-    """Add what goes to what takes over; k equal shares are multiplied by k, which undoes a division by k exactly."""
+    """Add what goes to what takes over; of second moments the roots, and k equal ones are multiplied by k^2."""
     old, new = (torch.tensor(places, device=tensor.device) for places in zip(*onto, strict=True))
     given = tensor.index_select(dim, old)
+    if share == "divided":
+        return taken.index_add(dim, new, given)
     differs = (given != taken.index_select(dim, new)).to(torch.int32)
     all_equal = torch.zeros(taken.shape, dtype=torch.int32, device=taken.device).index_add_(dim, new, differs) == 0
-    ones = torch.ones_like(given)
-    count = torch.ones_like(taken).index_add_(dim, new, ones)
-    if share == "divided":
-        return torch.where(all_equal, taken * count, taken.index_add(dim, new, given))
+    count = torch.ones_like(taken).index_add_(dim, new, torch.ones_like(given))
     root = taken.clamp_min(0).sqrt().index_add(dim, new, given.clamp_min(0).sqrt())
     return torch.where(all_equal, taken * count * count, root * root)
 
