@@ -170,6 +170,7 @@ def _recurrent(c: Couplings, node: fx.Node, where: str, inputs: Sequence[Value])
     c.add(name, module, ("input_size", None, features, "size"), ("hidden_size", None, units, "size"))
     if getattr(module, "proj_size", 0):
         c.spaces.refuse([features, units], f"{where} projects its states to {module.proj_size}")
+        return c.fixed(c.trace.shapes[node])
     if any(value is not None for value in inputs[1:]):
         c.refuse(inputs[1:], f"they are the first state of {where}")
         c.spaces.refuse([units], f"the forward gives {where} its first state, of fixed size")

@@ -7,7 +7,7 @@ leaves; the graph is then run once on the example inputs, in evaluation and with
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -100,9 +100,30 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
             module.training = mode
 
 
+_SEQUENCES = ("pack_padded_sequence", "pad_packed_sequence")  # plain Python that looks into its tensors
+
+
 def _graph(model: nn.Module, training: bool) -> fx.Graph:
+    """Trace; functions that look into their tensors become one operation, however the forward gets at them."""
+    originals = {name: getattr(rnn, name) for name in _SEQUENCES}
     with evaluating(model, training):
-        return fx.Tracer(autowrap_functions=(rnn.pack_padded_sequence, rnn.pad_packed_sequence)).trace(model)
+        try:
+            for name, function in originals.items():  # called as torch.nn.utils.rnn.name
+                setattr(rnn, name, _as_one_operation(function))
+            return fx.Tracer(autowrap_functions=tuple(originals.values())).trace(model)  # imported by name
+        finally:
+            for name, function in originals.items():
+                setattr(rnn, name, function)
+
+
+def _as_one_operation(function: Callable[..., Any]) -> Callable[..., Any]:
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        stand_in = next((a for a in (*args, *kwargs.values()) if isinstance(a, fx.Proxy)), None)
+        if stand_in is None:
+            return function(*args, **kwargs)
+        return stand_in.tracer.create_proxy("call_function", function, args, kwargs)
+
+    return traced
 
 
 class _Shapes(fx.Interpreter):

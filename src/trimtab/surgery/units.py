@@ -4,9 +4,10 @@ Called by `surgeon`, and by `optimizer_state` for what an optimizer keeps. Funct
 (Chen, Goodfellow, Shlens 2016, arXiv:1511.05641, section 2.2): new units copy old ones, and what reads a unit that is
 now there k times reads each of them with 1/k of the weight. docs/surgery.md has the formulas.
 
-Deviations: the copied units are not drawn with replacement; every unit is copied once before any is copied twice, which
-keeps the k equal to within one, and layer norms exact where k is the same for all. And w / k is rounded to the digits of
-w, the first of the k getting what is left, so that the shares add up to w to the bit: narrowing gives back the weights.
+Deviations: the copied units are not drawn with replacement; every unit is copied once before any is copied twice,
+which keeps the k equal to within one, and layer norms exact where k is the same for all. And w / k is rounded to the
+digits of w, the first of the k getting what is left, so that the shares add up to w to the bit: narrowing what was just
+widened gives back the weights.
 """
 
 from __future__ import annotations
