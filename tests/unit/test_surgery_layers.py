@@ -267,6 +267,12 @@ def test_refusals_of_deepening():
     lstm, words = make("lstm")
     with pytest.raises(InputError, match="module 'cells' is LSTM; layers are put in"):
         Surgeon(lstm, words).deepen("cells")
+    shared, inputs = make("residual")
+    shared.also = shared.norm_one
+    with pytest.raises(
+        InputError, match=r"'norm_one' is registered in several places \(norm_one, also\); it has to stay"
+    ):
+        Surgeon(shared, inputs).deepen("one")
     for norm, missing in ((nn.BatchNorm1d(4, affine=False), "weights"), (_without_statistics(), "running statistics")):
         net = nn.Sequential(nn.Linear(3, 4), norm, nn.ReLU(), nn.Linear(4, 2))
         with pytest.raises(InputError, match=f"behind '0': its batch norm '1' has no {missing}, so that a second one"):

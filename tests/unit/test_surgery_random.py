@@ -51,7 +51,7 @@ def change(surgeon: Surgeon, operation: str, which: int, far: float, seed: int) 
         surgeon.remove_layer()
 
 
-@pytest.mark.parametrize("network", ["mlp", "cnn", "sst2-bilstm"])
+@pytest.mark.parametrize("network", ["mlp", "cnn", "residual", "sst2-bilstm"])
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(changes=CHANGES, rule=st.sampled_from(sorted(OPTIMIZERS)))
 def test_any_sequence_of_changes(network, changes, rule):
@@ -92,7 +92,7 @@ def assert_sizes_told(model: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             assert (module.out_features, module.in_features) == module.weight.shape
         elif isinstance(module, nn.Conv2d):
-            assert (module.out_channels, module.in_channels) == module.weight.shape[:2]
+            assert (module.out_channels, module.in_channels // module.groups) == module.weight.shape[:2]
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             assert module.running_mean is not None
             assert (module.num_features,) == module.weight.shape == module.running_mean.shape

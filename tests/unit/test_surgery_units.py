@@ -416,6 +416,11 @@ def test_an_optimizer_that_keeps_something_else_is_refused_by_name():
     adam.state[model[0].weight]["exp_avg"] = torch.zeros(2, 2)
     with pytest.raises(InputError, match=r"Adam keeps a 'exp_avg' of shape \(2, 2\) for a parameter of \(5, 6\)"):
         Surgeon(model, inputs, adam).narrow("2", 3)
+    other = torch.optim.Adam(make("mlp")[0].parameters())
+    with pytest.raises(
+        InputError, match="Adam has none of the parameters of Sequential; give the optimizer that trains"
+    ):
+        Surgeon(model, inputs, other).narrow("2", 3)
 
 
 def test_layer_norm_allows_whole_multiples_only():

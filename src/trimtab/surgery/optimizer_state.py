@@ -23,12 +23,18 @@ _MOMENTS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq
 _ADVICE = "surgery knows SGD (with momentum), Adam and AdamW, and optimizers that keep the same"
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
+def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     """Refuse an optimizer that keeps, for any parameter, what surgery does not know how to carry over.
 
     Raises:
-        InputError: Naming the optimizer and what it keeps.
+        InputError: Naming the optimizer and what it keeps; or it has none of the network's parameters.
     """
+    owned = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in owned for group in optimizer.param_groups for parameter in group["params"]):
+        raise InputError(
+            f"{type(optimizer).__name__} has none of the parameters of {type(model).__name__}; give the optimizer that "
+            "trains this network, made after it was moved to its device"
+        )
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim > 0 and key not in _MOMENTS:

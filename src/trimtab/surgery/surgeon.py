@@ -277,7 +277,7 @@ class Surgeon:
     def _change(self, operation: str, target: str, old_size: int, new_size: int) -> Iterator[list[int]]:
         """Make a change whole or not at all; the list that it lends is for the units that were copied or removed."""
         if self.optimizer is not None:
-            check_optimizer(self.optimizer)
+            check_optimizer(self.optimizer, self.model)
         before = self.cost if self._counts else _UNCOUNTED
         state = OptimizerState(self.optimizer)
         self._undo = [state.snapshot()]
@@ -308,6 +308,12 @@ class Surgeon:
 
     def _set_module(self, name: str, new: nn.Module) -> None:
         old = self.model.get_submodule(name)
+        places = {
+            (id(owner), key) for owner in self.model.modules() for key, child in owner._modules.items() if child is old
+        }
+        if len(places) > 1:
+            known = [known for known, module in self.model.named_modules(remove_duplicate=False) if module is old]
+            raise InputError(f"module {name!r} is registered in several places ({', '.join(known)}); it has to stay")
         self._later_undo(lambda: set_module(self.model, name, old))
         set_module(self.model, name, new)
 
