@@ -106,6 +106,48 @@ def test_packed_sequences_that_are_padded_again():
     assert (net(*inputs) - before).abs().max() < 1e-10
 
 
+class Cells(nn.Module):
+    """A recurrent network of any kind, its outputs and its first layer's last state into a dense layer."""
+
+    def __init__(self, cells: nn.RNNBase) -> None:
+        super().__init__()
+        self.cells = cells
+        self.head = nn.Linear(cells.hidden_size * (2 + cells.bidirectional), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, last = self.cells(x)
+        last = last[0] if isinstance(self.cells, nn.LSTM) else last
+        return self.head(torch.cat((outputs.mean(0), last[0]), -1))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("options", [{"num_layers": 3}, {"bias": False, "bidirectional": True}])
+def test_recurrent_networks_of_every_kind(kind, options):
+    net = Cells(kind(6, 4, **options)).double()
+    inputs = torch.randn(7, 5, 6, generator=generator(), dtype=torch.float64)  # time first
+    surgeon, before = Surgeon(net, inputs), net(inputs)
+    surgeon.widen("cells", 11, generator=generator())
+    assert net.cells.hidden_size == 11
+    assert (net(inputs) - before).abs().max() < 1e-10
+    surgeon.narrow("cells", 4)
+    assert torch.equal(net(inputs), before)
+
+
+def test_convolutions_of_one_and_three_axes():
+    for k, kind in ((1, nn.Conv1d), (3, nn.Conv3d)):
+        net = nn.Sequential(
+            kind(2, 3, 3), nn.ReLU6(), kind(3, 4, 1), nn.Hardtanh(), nn.Flatten(), nn.Linear(4 * 2**k, 2)
+        )
+        net = net.double()
+        inputs = torch.randn(5, 2, *[4] * k, generator=generator(), dtype=torch.float64)
+        surgeon, before = Surgeon(net, inputs), net(inputs)
+        for name in ("0", "2"):
+            surgeon.deepen(name)
+        for name in ("0.0", "0.2", "2.0", "2.2"):
+            surgeon.widen(name, 7, generator=generator())
+        assert (net(inputs) - before).abs().max() < 1e-10
+
+
 def test_gpt_feed_forward_units_can_be_changed_and_its_width_is_refused():
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -222,6 +222,18 @@ def test_the_deepened_network_is_one_that_torch_can_copy_and_script_nothing_else
     ]
 
 
+def test_modes_of_single_modules_stay():
+    model, inputs = make("cnn")
+    model.train()
+    model[1].eval()  # a frozen batch norm
+    surgeon = Surgeon(model, inputs)
+    surgeon.deepen("0")
+    assert [module.training for module in model[1]] == [False, True, True, False]
+    assert model[1].training
+    surgeon.remove_layer()
+    assert (model[1].training, model[0].training) == (False, True)
+
+
 def test_new_layers_are_drawn_from_no_generator():
     model, inputs = make("cnn")
     state = torch.get_rng_state()

@@ -185,7 +185,9 @@ def make_deepened(c: Couplings, block: Block, model: nn.Module, inputs: tuple[An
         raise InputError(f"no layer can be put in behind {name!r}: what it makes is the network's output")
     layer = _identity(block.layer).train(block.layer.training)
     norm = None if block.norm is None else _identity_norm(block, activation, model, inputs)
-    return Deepened(block.host, activation, layer, norm).train(block.layer.training)
+    new = Deepened(block.host, activation, layer, norm)
+    new.training = block.layer.training  # and not new.train(), which would reach the host: it may be frozen
+    return new
 
 
 def _identity(like: Any) -> nn.Module:
@@ -315,6 +317,8 @@ def _removal(c: Couplings, name: str) -> Removal:
                 "with its layer only if it is a module of its own"
             )
         replacements.append((str(block.activation.target), nn.Identity()))
+    for _, identity in replacements:
+        identity.train(block.layer.training)
     return Removal(name, _from_identity(block), tuple(replacements))
 
 

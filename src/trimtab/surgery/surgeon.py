@@ -263,7 +263,6 @@ class Surgeon:
         with self._change("remove_layer", chosen.name, len(self.layers), len(self.layers) - 1):
             before = list(self.model.parameters())
             for place, new in chosen.replacements:
-                new.train(self.model.get_submodule(place).training)
                 self._set_module(place, new)
             left = {id(parameter) for parameter in self.model.parameters()}
             state = OptimizerState(self.optimizer)
@@ -296,6 +295,8 @@ class Surgeon:
             raise
         finally:
             self._undo = None
+        there = set(self.model.modules())
+        self._copies = {module: kept for module, kept in self._copies.items() if module in there}
         self._last = Change(operation, target, old_size, new_size, tuple(units), before, after)
         self._plan.append({"operation": operation, "target": target, "units": list(units)})
 
