@@ -91,8 +91,8 @@ def test_agents_of_evolution_cannot_be_joined_and_its_runs_come_in_populations(t
         ("defualt", "unknown recipe 'defualt'; did you mean 'default'? known: default, default-open, residual, smoke"),
         (
             "nowhere.yaml",
-            "there is no recipe file nowhere.yaml; give a file that is there, or one of: default, default-open, residual, "
-            "smoke",
+            "there is no recipe file nowhere.yaml; give a file that is there, or one of: default, default-open, "
+            "residual, smoke",
         ),
     ],
 )
