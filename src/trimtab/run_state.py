@@ -106,6 +106,7 @@ class RunState:
         lowest_bad_rate: Lowest setting of the rate that was rolled back; NaN where none was.
         main_interval: Steps of an ordinary interval, that is of the decisions after the early ones.
         score_loss: Loss on the score split at the end of an episode of learning; NaN before, and in use.
+        turn: Place, in [0, 1], of the knob that the coming decision moves, where knobs move in turn.
         groups: Which runs are compared with one another in such an episode: the same number, the same task; (R,).
     """
 
@@ -131,6 +132,7 @@ class RunState:
         self.lowest_bad_rate: Value = math.nan
         self.main_interval: Value = math.nan
         self.score_loss: Value = math.nan
+        self.turn: Value = math.nan
         self.groups: npt.NDArray[np.int64] | None = None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,50 @@ def two_groups() -> torch.optim.Optimizer:
 KEYS = {"lr": "lr", "weight_decay": "weight_decay"}
 
 
+class PlainLoop:
+    """What the knobs of the data ask of a loop."""
+
+    def __init__(self) -> None:
+        self.batch_size, self.max_batch_size, self.n_samples = 32, None, 1000
+        self.accumulation = 2
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+    def resize(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+
+def whole_run() -> RunState:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.2), nn.Linear(2, 2), nn.Dropout1d(0.4))
+    return RunState(two_groups(), model, PlainLoop())
+
+
+def set_groups(key: str, value: Any) -> Callable[[RunState], None]:
+    return lambda state: state.optimizer.param_groups[1].update({key: value})
+
+
+def replace_class(state: RunState) -> None:
+    state.optimizer.__class__ = torch.optim.Adam if type(state.optimizer) is not torch.optim.Adam else torch.optim.SGD
+
+
+# Each knob as somebody else would write it.
+DISTURBED: dict[str, Callable[[RunState], Any]] = {
+    "lr": set_groups("lr", 0.7),
+    "weight_decay": set_groups("weight_decay", 0.7),
+    "momentum": set_groups("betas", (0.77, 0.999)),
+    "beta2": set_groups("betas", (0.9, 0.777)),
+    "grad_clip": lambda state: state.optimizer._optimizer_step_pre_hooks.clear(),
+    "optimizer": replace_class,
+    "batch_size": lambda state: state.loader.resize(77),
+    "accumulation": lambda state: setattr(state.loader, "accumulation", 15),
+    "dropout": lambda state: setattr(state.model[3], "p", 0.33),
+}
+
+
 @pytest.mark.parametrize("name", registry.names("knob"))
 def test_registered_knobs(name: str) -> None:
-    check_knob(registry.load("knob", name)(), two_groups, key=KEYS.get(name))
+    check_knob(registry.load("knob", name)(), whole_run, key=KEYS.get(name), disturb=DISTURBED[name])
 
 
 def test_knobs_with_bounds() -> None:
