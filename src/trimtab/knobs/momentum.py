@@ -40,12 +40,12 @@ def get_momentum(optimizer: Optimizer, group: dict[str, Any]) -> Any:
 
 
 def set_momentum(optimizer: Optimizer, group: dict[str, Any], value: float) -> None:
-    """Write the momentum of a group to where it acts."""
-    key, index = _place(optimizer, group) or ("momentum", None)
-    if index is None:
-        group[key] = value
-    else:
-        group[key] = (value, *group[key][1:])
+    """Write the momentum of a group to where it acts, and to where it would under another algorithm."""
+    del optimizer
+    if "momentum" in group:
+        group["momentum"] = value
+    if "betas" in group:
+        group["betas"] = (value, *group["betas"][1:])
 
 
 class _MemoryKnob(Knob):
