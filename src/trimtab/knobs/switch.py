@@ -167,6 +167,8 @@ class OptimizerChoice(CategoricalKnob):
         for group in [optimizer.defaults, *optimizer.param_groups]:
             if "decoupled_weight_decay" in group:  # by which newer versions of torch tell AdamW from Adam
                 group["decoupled_weight_decay"] = name == "adamw"
+        # Not where a state was loaded, which is of the new algorithm already: what was measured belongs to it.
+        is_live = name == "sgd" and any("exp_avg" in entry for entry in optimizer.state.values())
         for group, momentum in zip(optimizer.param_groups, old, strict=True):
             set_momentum(optimizer, group, momentum)
             for parameter in group["params"]:
@@ -175,7 +177,7 @@ class OptimizerChoice(CategoricalKnob):
         if any(group.get("fused") for group in optimizer.param_groups):
             for flag in ("_step_supports_amp_scaling", "_need_device_dtype_check_for_fused"):
                 setattr(optimizer, flag, True)
-        if name == "sgd":
+        if is_live:
             self._squares.restart()
 
     def _to_adam(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, momentum: float) -> None:
@@ -186,17 +188,12 @@ class OptimizerChoice(CategoricalKnob):
         if square is None:  # it has never had a gradient: Adam begins by itself
             optimizer.state.pop(parameter, None)
             return
-        beta2, is_fused = group["betas"][1], bool(group.get("fused"))
-        is_double = torch.get_default_dtype() == torch.float64 and not is_fused
+        beta2 = group["betas"][1]
         mean = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         if buffer is not None:
             mean.copy_(buffer).mul_((1 - momentum) * (1 - momentum**WORTH))
         optimizer.state[parameter] = {
-            "step": torch.tensor(
-                float(WORTH),
-                dtype=torch.float64 if is_double else torch.float32,
-                device=parameter.device if is_fused else "cpu",
-            ),
+            "step": _count(group, parameter, WORTH),
             "exp_avg": mean,
             "exp_avg_sq": torch.full_like(
                 parameter, float(square) * (1 - beta2**WORTH), memory_format=torch.preserve_format
@@ -214,12 +211,25 @@ class OptimizerChoice(CategoricalKnob):
 
 
 def _to_sgd(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, momentum: float) -> None:
-    del group
     entry = optimizer.state.get(parameter, {})
-    if "exp_avg" not in entry:
-        return
-    mean = entry["exp_avg"]
-    optimizer.state[parameter] = {"momentum_buffer": mean.div_(1 - momentum)} if momentum > 0 else {}
+    # SGD counts no steps. But an Adam that a resumed run was made with takes no state without a count, even where this
+    # knob will make an SGD of it in a moment.
+    steps = entry.get("step", _count(group, parameter, 0))
+    if "exp_avg" in entry:
+        mean = entry["exp_avg"]
+        optimizer.state[parameter] = {"step": steps}
+        if momentum > 0:
+            optimizer.state[parameter]["momentum_buffer"] = mean.div_(1 - momentum)
+    elif "step" not in entry:
+        optimizer.state[parameter] = {"step": steps, **entry}
+
+
+def _count(group: dict[str, Any], parameter: Tensor, steps: int) -> Tensor:
+    """A count of steps as Adam keeps it."""
+    if group.get("fused"):
+        return torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
+    is_double = torch.get_default_dtype() == torch.float64
+    return torch.tensor(float(steps), dtype=torch.float64 if is_double else torch.float32)
 
 
 class _Squares:
