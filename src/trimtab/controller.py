@@ -26,7 +26,7 @@ from trimtab.given import check_run, epoch_steps_of, resolve
 from trimtab.hand import Hand
 from trimtab.meter import Meter, to_number
 from trimtab.records import Decision
-from trimtab.run_state import Interval, RunState
+from trimtab.run_state import BatchingLoop, Interval, RunState
 from trimtab.safety import GOOD, Guard, Safety, Snapshot, Verdict
 from trimtab.spec import ControlSpec
 from trimtab.writers import find_writers
@@ -72,7 +72,7 @@ class Controller:
         *,
         optimizer: Optimizer,
         model: nn.Module | None = None,
-        loader: Iterable[Any] | None = None,
+        loader: Iterable[Any] | BatchingLoop | None = None,
         knobs: Sequence[str] | None = None,
         total_steps: int | None = None,
         every: int | str | None = None,

@@ -15,6 +15,7 @@ from trimtab import registry
 from trimtab.agents.base import Agent, Timing
 from trimtab.brain import Brain
 from trimtab.errors import InputError, unknown_name
+from trimtab.run_state import BatchingLoop
 from trimtab.spec import ControlSpec, make_agent
 
 __all__ = ["check_run", "epoch_steps_of", "resolve"]
@@ -76,7 +77,7 @@ def _fields(spec: ControlSpec) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
 
 
-def epoch_steps_of(timing: Timing, loader: Iterable[Any] | None) -> int | None:
+def epoch_steps_of(timing: Timing, loader: Iterable[Any] | BatchingLoop | None) -> int | None:
     """Optimizer steps of an epoch where decisions are counted in epochs; else None.
 
     Raises:

@@ -153,7 +153,7 @@ class Hand:
             remark: What the agent says of it.
         """
         turn = self._turn(index)
-        asked, found = self._spec.decode_one(action, self.settings, turn), list(self.settings)
+        asked, found = self.check(action, index), list(self.settings)
         has_changed = False
         for column in self._order if turn is None else [turn]:
             knob, present = self._knobs[column], self.settings[column]
@@ -172,6 +172,14 @@ class Hand:
             self._follow(knob, factors, index, step)
         if has_changed:
             self._last_change = index
+
+    def check(self, action: npt.NDArray[Any], index: int) -> list[float]:
+        """The settings that an action asks for; nothing is moved.
+
+        Raises:
+            InputError: It does not fit.
+        """
+        return self._spec.decode_one(action, self.settings, self._turn(index))
 
     def _grant(self, knob: Knob, asked: float, present: float, index: int) -> tuple[float, str]:
         """What gate and bounds leave of what was asked, and why it is less, if it is."""

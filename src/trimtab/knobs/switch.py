@@ -7,7 +7,7 @@ keep the keys of every algorithm, so that nothing is forgotten on the way there 
 What is carried over, with mu = momentum = betas[0], m the first and v the second moment, both bias-corrected:
 
     Adam -> SGD   buffer = exp_avg / (1 - mu)     an average of gradients becomes their sum, exactly
-    SGD -> Adam   m = (1 - mu) buffer;  v = mean square of the gradient, one for each tensor, measured under SGD
+    SGD -> Adam   m = (1 - mu) buffer;  v = mean square of all gradients, measured under SGD, the same for each number
 
 and Adam's count of steps begins at `WORTH`: bias correction is over for m, and what was measured counts in v as much as
 that many steps. The rate, and AdamW's decay, are converted so that the updates are of equal size in the metric of v,
@@ -15,7 +15,9 @@ that many steps. The rate, and AdamW's decay, are converted so that the updates 
     sum v u^2 is kept:   lr_sgd / (1 - mu) = kappa lr_adam,   kappa^2 = sum v (v / (sqrt(v) + eps)^2) / sum v^2
 
 because v stands for the curvature, so that it is the rise of the loss by noise which is kept; the plain norm would
-let SGD go much further than Adam along the steepest directions. AdamW's decay is kappa times that of the others.
+let SGD go much further than Adam along the steepest directions. Where v is one number, Adam's first step is the one
+that SGD would have taken, and it grows into its own over the next hundred. AdamW's decay is kappa times that of the
+others.
 """
 
 from __future__ import annotations
@@ -154,7 +156,8 @@ class OptimizerChoice(CategoricalKnob):
         """Second moment of a parameter, bias-corrected, in double precision: of each number, or one for all of them."""
         entry = optimizer.state.get(parameter, {})
         if "exp_avg_sq" not in entry:
-            return self._squares.of(parameter)
+            mean = self._squares.known()
+            return None if mean is None else torch.tensor(mean, dtype=torch.float64)
         steps = float(entry["step"])
         return entry["exp_avg_sq"].double() / (1 - group["betas"][1] ** steps) if steps > 0 else None
 
@@ -181,11 +184,11 @@ class OptimizerChoice(CategoricalKnob):
             self._squares.restart()
 
     def _to_adam(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, momentum: float) -> None:
-        entry, square = optimizer.state.get(parameter, {}), self._squares.of(parameter)
+        entry, square = optimizer.state.get(parameter, {}), self._squares.known()
         if "exp_avg" in entry:  # from Adam to AdamW or back; or the state was loaded before this knob's
             return
         buffer = entry.pop("momentum_buffer", None)
-        if square is None:  # it has never had a gradient: Adam begins by itself
+        if square is None or (buffer is None and momentum > 0):  # no gradient was ever seen: Adam begins by itself
             optimizer.state.pop(parameter, None)
             return
         beta2 = group["betas"][1]
@@ -195,9 +198,7 @@ class OptimizerChoice(CategoricalKnob):
         optimizer.state[parameter] = {
             "step": _count(group, parameter, WORTH),
             "exp_avg": mean,
-            "exp_avg_sq": torch.full_like(
-                parameter, float(square) * (1 - beta2**WORTH), memory_format=torch.preserve_format
-            ),
+            "exp_avg_sq": torch.full_like(parameter, square * (1 - beta2**WORTH), memory_format=torch.preserve_format),
         }
 
     @override
@@ -233,17 +234,19 @@ def _count(group: dict[str, Any], parameter: Tensor, steps: int) -> Tensor:
 
 
 class _Squares:
-    """Mean square of each parameter's gradient, measured now and then before the steps of an SGD."""
+    """Mean square of all numbers of the gradient, looked at now and then before the steps of an SGD.
+
+    Attributes:
+        mean: It, in double precision on the gradients' device; None before the first look.
+    """
 
     def __init__(self) -> None:
-        self._optimizer: Optimizer | None = None
-        self._means: Tensor | None = None  # of every parameter in order; NaN where it has had no gradient
+        self.mean: Tensor | None = None
         self._n_steps = 0
         self._n_looks = 0
 
     def watch(self, optimizer: Optimizer) -> None:
         """Look at the coming steps of this optimizer for as long as somebody holds this object."""
-        self._optimizer = optimizer
         me = weakref.ref(self)
 
         def hook(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -251,7 +254,7 @@ class _Squares:
             if squares is not None and optimizer.__class__ is SGD:
                 squares._n_steps += 1
                 if squares._n_steps <= MEASURE_EVERY or squares._n_steps % MEASURE_EVERY == 0:
-                    squares._look()
+                    squares._look(optimizer)
 
         optimizer.register_step_pre_hook(hook)
 
@@ -259,50 +262,35 @@ class _Squares:
         """What is known is old: the next look takes its place."""
         self._n_steps = self._n_looks = 0
 
-    def _parameters(self) -> list[Tensor]:
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        return [parameter for group in groups for parameter in group["params"]]
-
     @torch.no_grad()
-    def _look(self) -> None:
-        parameters = self._parameters()
-        given = [(i, p.grad) for i, p in enumerate(parameters) if p.grad is not None and not p.grad.is_sparse]
+    def _look(self, optimizer: Optimizer) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        given = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
         if not given:
             return
-        device = given[0][1].device
-        norms = [norm.to(device, torch.float64) for norm in torch._foreach_norm([gradient for _, gradient in given])]
-        counts = torch.tensor([gradient.numel() for _, gradient in given], dtype=torch.float64, device=device)
-        new = torch.full((len(parameters),), math.nan, dtype=torch.float64, device=device)
-        new[[index for index, _ in given]] = torch.stack(norms) ** 2 / counts
-        scale = getattr(self._optimizer, "grad_scale", None)
+        norms = torch._foreach_norm(given)
+        device = norms[0].device
+        total = torch.stack([norm.to(device, torch.float64) for norm in norms]).square().sum()
+        new = total / sum([gradient.numel() for gradient in given])
+        scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):  # a fused optimizer takes a gradient scaler's scale out by itself, after this
-            new /= scale.to(new) ** 2
+            new = new / scale.to(new) ** 2
+        kept = new if self.mean is None else self.mean.to(device)
         self._n_looks += 1
-        kept = self._means
-        if kept is not None and len(kept) == len(new):
-            kept = kept.to(device)
-            mixed = torch.lerp(kept, new, max(_NEWEST, 1 / self._n_looks))
-            new = torch.where(mixed.isfinite(), mixed, torch.where(new.isfinite(), new, kept))
-        self._means = torch.where(new.isfinite(), new, math.nan)
+        mixed = torch.lerp(kept, new, max(_NEWEST, 1 / self._n_looks))
+        self.mean = torch.where(mixed.isfinite(), mixed, torch.where(new.isfinite(), new, kept))
 
-    def of(self, parameter: Tensor) -> Tensor | None:
-        """Mean square of a parameter's gradient, one number; None where none was measured."""
-        if self._means is None:
-            return None
-        for index, known in enumerate(self._parameters()[: len(self._means)]):
-            if known is parameter:
-                value = self._means[index]
-                return value if bool(value.isfinite()) else None
-        return None
+    def known(self) -> float | None:
+        """The mean, waiting for its device; None where there is none of use."""
+        mean = math.nan if self.mean is None else float(self.mean)
+        return mean if math.isfinite(mean) else None
 
     def state_dict(self) -> dict[str, Any]:
-        means = None if self._means is None else [None if x != x else x for x in self._means.tolist()]
-        return {"means": means, "n_steps": self._n_steps, "n_looks": self._n_looks}
+        return {"mean": self.known(), "n_steps": self._n_steps, "n_looks": self._n_looks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        means = state["means"]
-        kept = None if means is None else [math.nan if x is None else x for x in means]
-        self._means = None if kept is None else torch.tensor(kept, dtype=torch.float64)
+        mean = state["mean"]
+        self.mean = None if mean is None else torch.tensor(mean, dtype=torch.float64)
         self._n_steps, self._n_looks = state["n_steps"], state["n_looks"]
 
 

@@ -42,8 +42,8 @@ class BiLSTM(nn.Module):
 MODELS: dict[str, Any] = {
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Dropout(0.2), nn.Linear(12, 10)),
     "cnn": lambda: nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout2d(0.1), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 10),
+        nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout2d(0.1),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 10),
     ),
     "bilstm": BiLSTM,
 }  # fmt: skip
@@ -130,7 +130,9 @@ def test_in_turn_each_decision_moves_one_knob() -> None:
     advance(loop, controller, 22)
     own = [decision for decision in controller.decisions if decision.source == "agent"]
     assert [(decision.index, decision.knob) for decision in own] == [(n, ALL[n % 9]) for n in range(11)]
-    assert all(decision.setting > decision.before for decision in own if decision.knob not in ("optimizer", "grad_clip"))
+    assert all(
+        decision.setting > decision.before for decision in own if decision.knob not in ("optimizer", "grad_clip")
+    )
     assert controller.state.turn == 2 / 8  # decision 11 is that of the third knob
 
 

@@ -196,5 +196,5 @@ def test_a_loop_that_clips_is_asked_to_do_so() -> None:
 def test_a_limit_that_makes_no_sense_is_refused() -> None:
     loop = ClippingLoop()
     loop.grad_clip = -1.0
-    with pytest.raises(InputError, match="grad_clip is -1.0; expected a positive finite norm, or None"):
+    with pytest.raises(InputError, match=r"grad_clip is -1.0; expected a positive finite norm, or None"):
         GradClip().bind(RunState(two_numbers(), loader=loop))

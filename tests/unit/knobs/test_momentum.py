@@ -118,7 +118,11 @@ def test_a_momentum_raised_from_zero_begins_with_the_next_gradient() -> None:
 @pytest.mark.parametrize(
     ("kind", "knob", "text"),
     [
-        (torch.optim.Adagrad, Momentum(), "Adagrad has no momentum in its param groups: the knob 'momentum' cannot act"),
+        (
+            torch.optim.Adagrad,
+            Momentum(),
+            "Adagrad has no momentum in its param groups: the knob 'momentum' cannot act",
+        ),
         (torch.optim.SGD, Beta2(), r"SGD has no beta2 \(betas\[1\]\) in its param groups: the knob 'beta2' cannot act"),
     ],
 )

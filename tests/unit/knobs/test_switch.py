@@ -58,20 +58,37 @@ def test_an_average_of_gradients_becomes_their_sum_exactly(name: str) -> None:
 def test_a_sum_of_gradients_becomes_an_average_and_squares_were_measured() -> None:
     toy = Toy("momentum", 0.05)
     knob, state = bound(toy.optimizer)
-    squares: list[list[float]] = []
+    squares = []
     for _ in range(10):
         toy.step()
-        squares.append([float(p.grad.square().mean()) for p in toy.model.parameters()])
+        squares.append(float(torch.cat([p.grad.reshape(-1) for p in toy.model.parameters()]).square().mean()))
     buffers = [entry["momentum_buffer"].clone() for entry in entries(toy.optimizer)]
     knob.put(state, 1.0)
     assert type(toy.optimizer) is torch.optim.Adam
-    # Plain means over the ten first steps.
-    wanted = np.mean(squares, axis=0)
-    for entry, buffer, square in zip(entries(toy.optimizer), buffers, wanted, strict=True):
+    for entry, buffer in zip(entries(toy.optimizer), buffers, strict=True):
         assert float(entry["step"]) == WORTH
         torch.testing.assert_close(entry["exp_avg"] / (1 - 0.9**WORTH), 0.1 * buffer)
         corrected = entry["exp_avg_sq"] / (1 - 0.999**WORTH)
-        torch.testing.assert_close(corrected, torch.full_like(buffer, square), rtol=1e-4, atol=0)
+        torch.testing.assert_close(corrected, torch.full_like(buffer, np.mean(squares)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_the_first_step_of_adam_is_the_one_that_sgd_would_have_taken(name: str) -> None:
+    weights = []
+    for switches in (False, True):
+        toy = Toy("momentum", 0.05, dtype=torch.float64)
+        knob, state = bound(toy.optimizer)
+        for _ in range(10):
+            toy.step()
+        if switches:
+            value = float(NAMES.index(name))
+            toy.optimizer.param_groups[0]["lr"] *= knob.consequences(state, 0.0, value)["lr"]
+            knob.put(state, value)
+        before = toy.weights()
+        toy.step()
+        weights.append(toy.weights() - before)
+    # But for what the new gradient does to v: at most 1 / (WORTH + 1) of it on average.
+    assert float((weights[1] - weights[0]).norm() / weights[0].norm()) < 0.02
 
 
 def test_adam_and_adamw_share_what_they_remember() -> None:
@@ -184,7 +201,10 @@ def test_fused_and_plain_kernels(fused: bool) -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda p: torch.optim.RMSprop(p), "the knob 'optimizer' cannot act on a RMSprop; expected torch's own SGD, Ada"),
+        (
+            lambda p: torch.optim.RMSprop(p),
+            "the knob 'optimizer' cannot act on a RMSprop; expected torch's own SGD, Ada",
+        ),
         (lambda p: type("Mine", (torch.optim.SGD,), {})(p, lr=0.1), "cannot act on a Mine; expected torch's own"),
         (lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True), "cannot carry over nesterov=True of param group 0"),
         (lambda p: torch.optim.SGD(p, 0.1, 0.9, dampening=0.5), "cannot carry over dampening=0.5 of param group 0"),
@@ -204,7 +224,7 @@ def test_choices() -> None:
         OptimizerChoice(("sgd", "adagrad"))
     knob, state = bound(adam, choices=("adamw", "adam"))
     assert knob.get(state) == 1.0
-    with pytest.raises(InputError, match="optimizer: got 2.0; expected a number below 2"):
+    with pytest.raises(InputError, match=r"optimizer: got 2.0; expected a number below 2"):
         knob.write(state, np.array([2]))
 
 
@@ -213,7 +233,7 @@ def test_a_step_that_was_replaced_is_refused_and_noticed() -> None:
     knob, state = bound(adam)
     torch.optim.lr_scheduler.StepLR(adam, 3)
     assert "optimizer.step was replaced on this very object" in str(knob.find_conflict(state))
-    with pytest.raises(InputError, match="the knob 'optimizer' cannot act: optimizer.step was replaced on this very"):
+    with pytest.raises(InputError, match=r"the knob 'optimizer' cannot act: optimizer.step was replaced on this very"):
         bound(adam)
 
 
@@ -276,7 +296,9 @@ def test_a_decay_that_is_no_knob_is_taken_along_and_said() -> None:
 
 def test_the_rate_has_to_be_among_the_knobs() -> None:
     toy = Toy("adam", 0.01)
-    with pytest.raises(InputError, match="a move of the knob 'optimizer' moves the rate too, so 'lr' must be among the"):
+    with pytest.raises(
+        InputError, match="a move of the knob 'optimizer' moves the rate too, so 'lr' must be among the"
+    ):
         moving(toy, [2], ("optimizer",))
 
 
