@@ -87,7 +87,7 @@ def test_a_change_leaves_corrected_moments_as_they_are(knob: Any, index: int) ->
     torch.testing.assert_close(entry[key] / (1 - beta**7), before, rtol=1e-5, atol=0)
     assert torch.equal(entry[other], kept)
     assert knob.has_touched_state
-    # Without this the first moment would be 1 / (1 - 0.999^7) = 143 times what bias correction makes of it.
+    # Without this it would be (1 - 0.9^7) / (1 - 0.999^7) = 75 times what it was.
 
 
 def test_writing_the_same_value_touches_nothing() -> None:
