@@ -170,6 +170,8 @@ class Hand:
                 column, granted, index, step, "agent", number, asked[column], "; ".join(part for part in parts if part)
             )
             self._follow(knob, factors, index, step)
+        if turn is not None and turn != self._rate:
+            self.follow_base(step)  # the rate moves on with its schedule, whoever's turn it is
         if has_changed:
             self._last_change = index
 
