@@ -171,7 +171,7 @@ class Hand:
             )
             self._follow(knob, factors, index, step)
         if turn is not None and turn != self._rate:
-            self.follow_base(step)  # the rate moves on with its schedule, whoever's turn it is
+            self.follow_base(step)  # the rate moves on with its schedule, whosever turn it is
         if has_changed:
             self._last_change = index
 

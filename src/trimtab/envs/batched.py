@@ -291,8 +291,8 @@ class _Runs:
         # The decision that is answered was counted when its interval ended.
         turn = (self._index - 1) % len(self._knobs) if self._turns else None
         asked = self._spec.decode(actions, self._settings, turn)
-        for column, knob in enumerate(self._knobs):
-            before = self._settings[:, column]
+        for column in range(len(self._knobs)) if turn is None else [turn]:
+            knob, before = self._knobs[column], self._settings[:, column]
             moved = np.where(asked[:, column] == before, before, knob.clip(asked[:, column]))
             if knob.name == "batch_size":
                 moved = np.minimum(moved, self._n_samples)
