@@ -192,6 +192,6 @@ def test_several_knobs_act_here_as_under_a_controller(turns: bool, monkeypatch: 
                 controller.step(loss, loop.evaluate("val")["loss"] if controller.is_due else None)
             mine = np.array([*puppet.seen[1:], controller.last_observation])
             np.testing.assert_allclose(mine, np.stack([row[place] for row in seen]), atol=1e-7, rtol=1e-7)
-            assert len({round(x, 9) for x in mine[:, len(plain.signals) + 1]}) > 3  # the batch size did change
+            assert len({round(x, 9) for x in mine[:, len(plain.signals) + 1]}) >= 3  # the batch size did change
             n_compared += 1
     assert n_compared >= 2
