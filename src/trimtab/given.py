@@ -62,7 +62,8 @@ def resolve(
         raise InputError(
             f"agent {given!r} knows nothing by itself; give a brain that holds one, trimtab.Brain.load(...)"
         )
-    agent = make_agent(given, n_knobs=len(names)) if isinstance(given, str) else given
+    n_knobs = len(names) if spec is None else spec.n_moved
+    agent = make_agent(given, n_knobs=n_knobs) if isinstance(given, str) else given
     if not callable(getattr(agent, "predict", None)):
         raise InputError(f"agent_or_brain is a {type(given).__name__}; expected an Agent, a Brain or an agent's name")
     if spec is not None:

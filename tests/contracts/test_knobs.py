@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 from trimtab import registry
+from trimtab.knobs.data import Accumulation, BatchSize
+from trimtab.knobs.momentum import Momentum
 from trimtab.knobs.optimizer import LearningRate, WeightDecay
+from trimtab.knobs.switch import OptimizerChoice
 from trimtab.run_state import Array, RunState
 from trimtab.testing import ContractError, check_knob
 
@@ -151,6 +154,60 @@ class DecaysEverything(WeightDecay):
 def test_each_violation_is_named(broken: Any, key: str, text: str) -> None:
     with pytest.raises(ContractError, match=text):
         check_knob(broken, two_groups, key=key)
+
+
+class HalfSizes(BatchSize):
+    def from_unit(self, units: Array) -> Array:
+        return super().from_unit(units) + 0.5 * (units > 0.5)
+
+
+class DrawsNoSmaller(BatchSize):
+    def move(self, values: Array, factors: Array) -> Array:
+        return super().move(values, np.maximum(factors, 1.0))
+
+
+class RoundsOnReading(BatchSize):
+    def get(self, state: RunState) -> float:
+        return super().get(state) + (super().get(state) > 100)
+
+
+class TakesHalves(Accumulation):
+    def check_values(self, values: Any) -> Array:
+        return super().check_values(
+            np.floor(values) if isinstance(values, np.ndarray) and values.dtype == "f8" else values
+        )
+
+
+class NeverAnother(OptimizerChoice):
+    def find_conflict(self, state: RunState) -> str | None:
+        return None
+
+
+class AnyChoice(OptimizerChoice):
+    def __init__(self, choices: Any = ("sgd", "adam", "adamw")) -> None:
+        super().__init__(("sgd", "adam", "adamw"))
+
+
+class ForgetsBounds(Momentum):
+    def clip(self, values: Array) -> Array:
+        return values
+
+
+@pytest.mark.parametrize(
+    ("broken", "text"),
+    [
+        (HalfSizes(), "from_unit gives .*, not whole numbers"),
+        (DrawsNoSmaller(), "a move by the factor 0.999 turned"),
+        (RoundsOnReading(), "wrote 128.0, read back 129.0"),
+        (TakesHalves(), "half a number: expected an InputError, but it was accepted"),
+        (NeverAnother(), "did not notice what somebody else wrote"),
+        (AnyChoice(), r"choices \(\): expected an InputError, but it was accepted"),
+        (ForgetsBounds(), "clip leaves .* outside its bounds"),
+    ],
+)
+def test_each_violation_of_whole_and_categorical_knobs_is_named(broken: Any, text: str) -> None:
+    with pytest.raises(ContractError, match=text):
+        check_knob(broken, whole_run, disturb=DISTURBED[broken.name])
 
 
 def test_hold_decay_keeps_the_product_and_a_group_without_decay() -> None:

@@ -34,6 +34,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from typing_extensions import override
 
 from trimtab.errors import InputError
+from trimtab.flat import gather
 from trimtab.knobs.base import CategoricalKnob
 from trimtab.knobs.momentum import get_momentum, set_momentum
 from trimtab.run_state import Array, RunState
@@ -119,8 +120,8 @@ class OptimizerChoice(CategoricalKnob):
     def consequences(self, state: RunState, before: float, now: float) -> Mapping[str, float]:
         old, new = self.choices[int(before)], self.choices[int(now)]
         optimizer = state.optimizer
-        kappa = self._kappa(optimizer)
-        if old == new or kappa is None:
+        kappa = None if old == new else self._kappa(optimizer)
+        if kappa is None:
             return {}
         share = 1 - float(get_momentum(optimizer, optimizer.param_groups[0]))
         factors = {}
@@ -268,10 +269,9 @@ class _Squares:
         given = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
         if not given:
             return
-        norms = torch._foreach_norm(given)
-        device = norms[0].device
-        total = torch.stack([norm.to(device, torch.float64) for norm in norms]).square().sum()
-        new = total / sum([gradient.numel() for gradient in given])
+        norms = gather(torch._foreach_norm(given))
+        device = norms.device
+        new = norms.square().sum() / sum([gradient.numel() for gradient in given])
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):  # a fused optimizer takes a gradient scaler's scale out by itself, after this
             new = new / scale.to(new) ** 2

@@ -221,3 +221,19 @@ def test_the_gate_limits_a_move_on_the_knobs_own_scale() -> None:
     assert (rate.asked, rate.setting) == pytest.approx((0.05, 0.02))
     assert (momentum.asked, momentum.setting) == pytest.approx((0.98, 0.95))
     assert rate.note == momentum.note == "gate: change too large"
+
+
+# ---- agents by name -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("turns", "n_columns"), [(False, 3), (True, 1)])
+def test_an_agent_by_its_name_moves_as_many_knobs_as_the_spec_has(turns: bool, n_columns: int) -> None:
+    toy = Toy("adam", 0.01)
+    signals = ("turn",) if turns else ()
+    spec = ControlSpec(
+        knobs=("lr", "momentum", "beta2"), actions=RandomMoves([0.5, 1.0, 2.0]).needs.actions, signals=signals,
+        timing=Timing(every=2), turns=turns,
+    )  # fmt: skip
+    controller = Controller("random", optimizer=toy.optimizer, spec=spec, total_steps=20)
+    action, _ = controller.agent.predict(np.zeros((1, len(signals))))
+    assert action.shape == (1, n_columns)
