@@ -88,7 +88,7 @@ class Brain:
                     f"its spec has the fingerprint {spec.fingerprint}, the file says {data['fingerprint']}; "
                     "it was changed after it was saved"
                 )
-            agent = make_agent(data["agent"], data["options"], n_knobs=len(spec.knobs))
+            agent = make_agent(data["agent"], data["options"], n_knobs=spec.n_moved)
             agent.load_state_dict(_merge(data["state"], _read_weights(folder, data)))
         except (InputError, TypeError, AttributeError, ValueError, KeyError) as error:
             raise BrainError(f"the brain in {folder} cannot be used: {error}") from error
@@ -136,7 +136,9 @@ class Brain:
         if spec.fingerprint == self.spec.fingerprint:
             return
         mine, theirs = self.spec.to_json(), spec.to_json()
-        parts = [f"{key}: {mine[key]} here, {theirs[key]} asked for" for key in mine if mine[key] != theirs[key]]
+        keys = [*mine, *(key for key in theirs if key not in mine)]
+        both = [(key, mine.get(key, False), theirs.get(key, False)) for key in keys]
+        parts = [f"{key}: {here} here, {there} asked for" for key, here, there in both if here != there]
         raise BrainError(
             f"this brain was made for another spec ({'; '.join(parts)}); use it with its own, or learn a new one"
         )

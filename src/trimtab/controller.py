@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -17,18 +17,18 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trimtab import registry
 from trimtab.agents.base import Agent, Array, Timing
 from trimtab.averaging import WeightAverage
 from trimtab.best_weights import BestWeights
 from trimtab.brain import Brain
 from trimtab.errors import InputError, unknown_name, warn
+from trimtab.given import check_run, epoch_steps_of, resolve
 from trimtab.hand import Hand
 from trimtab.meter import Meter, to_number
 from trimtab.records import Decision
-from trimtab.run_state import Interval, RunState
+from trimtab.run_state import BatchingLoop, Interval, RunState
 from trimtab.safety import GOOD, Guard, Safety, Snapshot, Verdict
-from trimtab.spec import ControlSpec, make_agent
+from trimtab.spec import ControlSpec
 from trimtab.writers import find_writers
 
 __all__ = ["Controller"]
@@ -43,7 +43,7 @@ class Controller:
         agent_or_brain: An agent, a brain, or the name of a registered agent.
         optimizer: The optimizer whose settings are moved; its steps are watched through a hook.
         model: Takes part in roll-back with its buffers, and makes `best_state` possible.
-        loader: The data loader; needed for `every="epoch"`.
+        loader: The data loader, or a TrainingLoop; needed for `every="epoch"`, and by the knobs of the data.
         knobs: Names of the knobs to move; None: the brain's own, or ("lr",).
         total_steps: Budget in optimizer steps; needed by schedules that end.
         every: Optimizer steps between decisions, or "epoch"; None: the agent's own timing.
@@ -72,7 +72,7 @@ class Controller:
         *,
         optimizer: Optimizer,
         model: nn.Module | None = None,
-        loader: Iterable[Any] | None = None,
+        loader: Iterable[Any] | BatchingLoop | None = None,
         knobs: Sequence[str] | None = None,
         total_steps: int | None = None,
         every: int | str | None = None,
@@ -85,11 +85,11 @@ class Controller:
             raise InputError(f"average is {average!r}; expected True or False")
         if average and model is None:
             raise InputError("average=True needs the model: give it as model=...")
-        _check(optimizer, model, total_steps, mode)
+        check_run(optimizer, model, total_steps, mode)
         for key, value, kind in (("spec", spec, ControlSpec), ("safety", safety, Safety)):
             if value is not None and not isinstance(value, kind):
                 raise InputError(f"{key} is a {type(value).__name__}; expected a trimtab.{kind.__name__} or None")
-        self.agent, self.spec = _resolve(agent_or_brain, knobs, every, spec)
+        self.agent, self.spec = resolve(agent_or_brain, knobs, every, spec)
         self.safety = safety or Safety()
         self.mode = mode
         self.state = RunState(optimizer, model, loader, total_steps)
@@ -99,7 +99,7 @@ class Controller:
         self.last_interval: Interval | None = None
         self._last_observation: Array | None = None
         self.status = "running"
-        self._epoch_steps = _epoch_steps(self.spec.timing, loader)
+        self._epoch_steps = epoch_steps_of(self.spec.timing, loader)
         self.state.main_interval = float(self.spec.timing.main_interval(total_steps, self._epoch_steps))
         if "lr" in self.spec.knobs and (writers := find_writers(optimizer, but=self)):
             found = f"{' and '.join(writers)} is attached to the optimizer and would overwrite the rate"
@@ -244,6 +244,11 @@ class Controller:
         """Present value of each knob, read from where it acts; may wait for a device."""
         return self._hand.read()
 
+    @property
+    def masked(self) -> dict[str, str]:
+        """Knobs that cannot act on this run and were left out (`ControlSpec.masks`), and why."""
+        return dict(self._hand.masked)
+
     def best_state(self) -> dict[str, Tensor]:
         """Weights and buffers of the model at its best reported validation loss, as a `state_dict`; copies.
 
@@ -289,6 +294,8 @@ class Controller:
         state = self.state
         if not self._is_owner():
             return self.decisions[-1:]
+        first = len(self.decisions)
+        self._hand.take_in_forced(self._index, self._t)
         state.optimizer_steps = self._t
         before = state.summary
         is_over = state.total_steps is not None and self._t >= state.total_steps
@@ -309,7 +316,6 @@ class Controller:
                 ended = np.array([is_over or verdict.kind == "give_up"])
                 self.agent.update(*self._pending, reward, observation, ended)
         self._pending = None
-        first = len(self.decisions)
         if verdict.kind == "give_up":
             self._give_up(verdict.reason)
         else:
@@ -325,7 +331,7 @@ class Controller:
             elif verdict.kind == "roll_back":
                 self._snapshot.take()
             elif self._guard is not None:
-                self._snapshot.keep()
+                self._snapshot.keep(is_stale=self._hand.take_touched())
         self._index += 1
         self._set_next()
         return self.decisions[first:]
@@ -414,16 +420,17 @@ class Controller:
             return
         nothing, starts = np.zeros((1, len(self.spec.signals))), np.array([True])
         action, _ = self.agent.predict(nothing, None, starts, deterministic=True)
-        if np.shape(action) != (1, len(self.spec.knobs)):
+        if np.shape(action) != (1, self.spec.n_moved):
             raise InputError(
                 f"agent {self.agent.name!r} gives actions of shape {np.shape(action)}; expected "
-                f"(1, {len(self.spec.knobs)}), one column a knob of {', '.join(self.spec.knobs)}"
+                f"(1, {self.spec.n_moved}), one column a knob of {', '.join(self.spec.knobs)}"
             )
 
     def _has_guard(self) -> bool:
         return self.safety.rollback and self.mode != "placebo"
 
     def _set_next(self) -> None:
+        self._hand.note_turn(self._index)
         self._next = 0  # no decision will come, and `step` looks why
         if self.status == "running":
             timing: Timing = self.spec.timing
@@ -511,6 +518,7 @@ class Controller:
         self.agent.load_state_dict(state["learned"])
         if self.status != "conflict":
             self._hand.write_all(self._t)
+            self._hand.note_turn(self._index)
 
 
 _STATE_KEYS = {
@@ -537,61 +545,6 @@ _STATE_KEYS = {
     "pending",
     "learned",
 }
-
-
-def _check(optimizer: object, model: object, total_steps: object, mode: str) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise InputError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
-    if model is not None and not isinstance(model, nn.Module):
-        raise InputError(f"model is a {type(model).__name__}; expected a torch.nn.Module or None")
-    whole = isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps >= 1
-    if total_steps is not None and not whole:
-        raise InputError(f"total_steps is {total_steps!r}; expected a number of optimizer steps of 1 or more, or None")
-    if mode not in ("learn", "use", "placebo"):
-        raise unknown_name("mode", mode, ("learn", "use", "placebo"))
-
-
-def _resolve(
-    given: Agent | Brain | str, knobs: Sequence[str] | None, every: int | str | None, spec: ControlSpec | None
-) -> tuple[Agent, ControlSpec]:
-    """The agent, and the spec it is used with."""
-    if spec is not None and (knobs is not None or every is not None):
-        raise InputError("give either spec, or knobs and every, not both")
-    if knobs is not None and (isinstance(knobs, str) or not isinstance(knobs, Sequence)):
-        raise InputError(f"knobs {knobs!r}; expected a sequence of names, such as ('lr',)")
-    if isinstance(given, Brain):
-        changes: dict[str, Any] = {} if knobs is None else {"knobs": tuple(knobs)}
-        if every is not None:
-            changes["timing"] = Timing(every=every)
-        wanted = spec or ControlSpec(**{**_fields(given.spec), **changes})
-        given.check_spec(wanted)
-        return given.agent, wanted
-    names = ("lr",) if knobs is None else tuple(knobs)
-    if isinstance(given, str) and given in registry.entries("agent") and registry.entries("agent")[given].needs_brain:
-        raise InputError(
-            f"agent {given!r} knows nothing by itself; give a brain that holds one, trimtab.Brain.load(...)"
-        )
-    agent = make_agent(given, n_knobs=len(names)) if isinstance(given, str) else given
-    if not callable(getattr(agent, "predict", None)):
-        raise InputError(f"agent_or_brain is a {type(given).__name__}; expected an Agent, a Brain or an agent's name")
-    if spec is not None:
-        return agent, spec
-    changes = {"knobs": names}
-    if every is not None:
-        changes["timing"] = Timing(every=every)
-    return agent, ControlSpec.for_agent(agent, **changes)
-
-
-def _fields(spec: ControlSpec) -> dict[str, Any]:
-    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
-
-
-def _epoch_steps(timing: Timing, loader: Iterable[Any] | None) -> int | None:
-    if timing.every != "epoch":
-        return None
-    if not isinstance(loader, Sized) or len(loader) < 1:
-        raise InputError("every='epoch' needs the data loader with a known length: give loader=...")
-    return len(loader)
 
 
 def _to_list(value: Any) -> Any:

@@ -2,16 +2,20 @@
 
 Called by the controller. A knob's setting is what agent and guard decide on; what is written is the setting times
 the factor of the base schedule at this step, for the learning rate, and the setting itself for every other knob.
+A knob whose move asks for another's (the optimizer, for the rate) is moved first, and the other one follows.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy.typing as npt
 
-from trimtab.errors import ConflictError, warn
+from trimtab.errors import ConflictError, InputError, warn
+from trimtab.knobs.base import CategoricalKnob, Knob
 from trimtab.knobs.optimizer import LearningRate
 from trimtab.records import Decision
 from trimtab.run_state import RunState
@@ -20,6 +24,8 @@ from trimtab.spec import ControlSpec
 from trimtab.writers import find_writers
 
 __all__ = ["Hand"]
+
+_log = logging.getLogger("trimtab")
 
 # Factors of the base schedule that are worked out at once: one alone costs 3 us in the middle of a training step, one
 # of many 0.2 (docs/decisions.md).
@@ -37,7 +43,8 @@ class Hand:
 
     Attributes:
         decisions: Everything that was done to a knob.
-        settings: Setting of every knob, before the base schedule.
+        settings: Setting of every knob, before the base schedule; NaN of one that is masked.
+        masked: Knobs that cannot act on this run, and why.
 
     Raises:
         InputError: A knob cannot act on this run.
@@ -56,8 +63,15 @@ class Hand:
         self._rate = next((column for column, knob in enumerate(self._knobs) if knob.name == "lr"), None)
         found = None if self._rate is None else self._knobs[self._rate]
         self._rate_knob = found if isinstance(found, LearningRate) else None
+        self._check_followers()
         self.decisions: list[Decision] = []
-        self.settings = [float(knob.bind(state)[0]) for knob in self._knobs]
+        self.masked: dict[str, str] = {}
+        self.settings = [math.nan] * len(self._knobs)
+        # Those that move others come first: what they move is then where the agent's own move starts from.
+        self._order = sorted(range(len(self._knobs)), key=lambda column: not self._knobs[column].moves_rate)
+        self._order = [column for column in self._order if self._bind(column)]
+        if not self._order:
+            raise InputError(f"no knob can act on this run: {'; '.join(self.masked.values())}")
         if start is not None and self._rate is not None:
             self.settings[self._rate] = start
         self._last_change: int | None = None
@@ -65,6 +79,59 @@ class Hand:
             self._note(column)
             state.to_unit[knob.name] = knob.to_unit
             state.initial_settings[knob.name] = state.settings[knob.name]
+        self.note_turn(0)
+
+    def _check_followers(self) -> None:
+        for knob in self._knobs:
+            if knob.moves_rate and self._rate is None:
+                raise InputError(
+                    f"a move of the knob {knob.name!r} moves the rate too, so 'lr' must be among the knobs, which are "
+                    f"{', '.join(self._spec.knobs)}"
+                )
+
+    def _bind(self, column: int) -> bool:
+        """Whether a knob can act here; if not it is masked, or the run is refused."""
+        knob = self._knobs[column]
+        try:
+            self.settings[column] = float(knob.bind(self._state)[0])
+        except InputError as error:
+            if not self._spec.masks or column == self._rate:
+                raise
+            self.masked[knob.name] = str(error)
+            _log.info("knob %r is masked: %s", knob.name, error)
+            return False
+        return True
+
+    def note_turn(self, index: int) -> None:
+        """Say in the state whose turn it is at a coming decision."""
+        turn = self._turn(index)
+        if turn is not None:
+            self._state.turn = turn / max(1, len(self._knobs) - 1)
+
+    def _turn(self, index: int) -> int | None:
+        """Column of the knob that a decision moves; None where all are moved at once."""
+        if not self._spec.turns:
+            return None
+        active = sorted(self._order)
+        return active[index % len(active)]
+
+    def take_touched(self) -> bool:
+        """Whether a knob has changed the optimizer's state since this was asked last."""
+        touched = [knob for knob in self._knobs if knob.has_touched_state]
+        for knob in touched:
+            knob.has_touched_state = False
+        return bool(touched)
+
+    def take_in_forced(self, index: int, step: int) -> None:
+        """Record where a knob's place fell back to another value by itself, and move what follows it."""
+        for column in self._order:
+            knob, before = self._knobs[column], self.settings[column]
+            forced = knob.find_forced(self._state)
+            if forced is not None:
+                value, why = forced
+                factors = knob.consequences(self._state, before, value)
+                self._set(column, value, index, step, "memory", None, value, why)
+                self._follow(knob, factors, index, step)
 
     @property
     def has_rate(self) -> bool:
@@ -73,7 +140,7 @@ class Hand:
 
     def read(self) -> dict[str, float]:
         """Present value of each knob, read from where it acts; may wait for a device."""
-        return {knob.name: knob.get(self._state) for knob in self._knobs}
+        return {self._knobs[column].name: self._knobs[column].get(self._state) for column in sorted(self._order)}
 
     def act(self, action: npt.NDArray[Any], index: int, step: int, *, is_placebo: bool, remark: str = "") -> None:
         """Write what the gate and the bounds grant of an action; a placebo's action is recorded, not written.
@@ -85,27 +152,62 @@ class Hand:
             is_placebo: See above.
             remark: What the agent says of it.
         """
-        asked = self._spec.decode_one(action, self.settings)
+        turn = self._turn(index)
+        asked, found = self.check(action, index), list(self.settings)
         has_changed = False
-        for column, knob in enumerate(self._knobs):
-            present = self.settings[column]
-            granted, note = self._gate.limit(asked[column], present, index, self._last_change)
-            if granted != present and not knob.low <= granted <= knob.high:
-                granted, note = min(max(granted, knob.low), knob.high), f"bounds [{knob.low:g}, {knob.high:g}]"
+        for column in self._order if turn is None else [turn]:
+            knob, present = self._knobs[column], self.settings[column]
+            number = float(action[0, 0 if turn is not None else column])
+            if present != found[column]:  # another knob has moved it just now: the agent's move goes on from there
+                asked[column] = self._spec.decode_number(column, number, present)
+            granted, note = self._grant(knob, asked[column], present, index)
             if is_placebo:
                 granted, note = present, "placebo: decided, not written"
-            if remark:
-                note = f"{note}; {remark}" if note else remark
+            factors = knob.consequences(self._state, present, granted) if granted != present else {}
+            parts = [note, _words(knob, present, granted), _words_of_rest(factors, self._spec.knobs), remark]
             has_changed |= granted != present
-            self._set(column, granted, index, step, "agent", float(action[0, column]), asked[column], note)
+            self._set(
+                column, granted, index, step, "agent", number, asked[column], "; ".join(part for part in parts if part)
+            )
+            self._follow(knob, factors, index, step)
+        if turn is not None and turn != self._rate:
+            self.follow_base(step)  # the rate moves on with its schedule, whosever turn it is
         if has_changed:
             self._last_change = index
+
+    def check(self, action: npt.NDArray[Any], index: int) -> list[float]:
+        """The settings that an action asks for; nothing is moved.
+
+        Raises:
+            InputError: It does not fit.
+        """
+        return self._spec.decode_one(action, self.settings, self._turn(index))
+
+    def _grant(self, knob: Knob, asked: float, present: float, index: int) -> tuple[float, str]:
+        """What gate and bounds leave of what was asked, and why it is less, if it is."""
+        granted, note = self._gate.limit(
+            asked, present, index, self._last_change, None if knob.is_plain else knob.move_one
+        )
+        if granted != present and not knob.low <= granted <= knob.high:
+            granted, note = min(max(granted, knob.low), knob.high), f"bounds [{knob.low:g}, {knob.high:g}]"
+        return (float(round(granted)) if knob.is_whole else granted), note
+
+    def _follow(self, knob: Knob, factors: Mapping[str, float], index: int, step: int) -> None:
+        """Move what a knob's move has consequences for; each is a decision of its own where it is a knob."""
+        for name, factor in factors.items():
+            if name not in self._spec.knobs or name in self.masked:
+                knob.take_along(self._state, name, factor)
+                continue
+            column = self._spec.knobs.index(name)
+            setting = self.settings[column] * factor  # bounds are for what an agent chooses
+            self._set(column, setting, index, step, "follow", None, setting, f"follows {knob.name!r}: x {factor:.4g}")
 
     def cut_rate(self, cut: float, reason: str, index: int, step: int) -> str:
         """Divide the rate after a roll-back; returns the note that was recorded."""
         column = self._rate
         if column is None:
-            column, granted, done = 0, self.settings[0], "there is no rate among the knobs to cut"
+            column = min(self._order)
+            granted, done = self.settings[column], "there is no rate among the knobs to cut"
         else:
             granted, done = self.settings[column] / cut, f"rate / {cut:g}"
         note = f"{reason}: rolled back to the start of the interval, {done}"
@@ -116,8 +218,8 @@ class Hand:
 
     def give_up(self, note: str, index: int, step: int) -> None:
         """A rate of 0 keeps the weights whatever the loop goes on doing; without a rate it is only recorded."""
-        column = self._rate or 0
-        granted = 0.0 if self.has_rate else self.settings[0]
+        column = min(self._order) if self._rate is None else self._rate
+        granted = 0.0 if self.has_rate else self.settings[column]
         self._set(column, granted, index, step, "gave_up", None, granted, note)
 
     def _set(
@@ -171,8 +273,8 @@ class Hand:
 
     def write_all(self, step: int) -> None:
         """Write every knob anew: at the start, and after a state was loaded."""
-        for column, knob in enumerate(self._knobs):
-            knob.put(self._state, self.settings[column] * self._factor(column, step))
+        for column in self._order:
+            self._knobs[column].put(self._state, self.settings[column] * self._factor(column, step))
 
     def _factor(self, column: int, step: int) -> float:
         return self._factor_at(step) if column == self._rate else 1.0
@@ -182,7 +284,7 @@ class Hand:
 
     def find_conflict(self, owner: object) -> tuple[str, str] | None:
         """The knob that somebody else wrote, and what was found; None where all still hold what was written."""
-        for knob in self._knobs:
+        for knob in map(self._knobs.__getitem__, self._order):
             found = knob.find_conflict(self._state)
             if found is not None:
                 writers = find_writers(self._state.optimizer, but=owner) if knob.name == "lr" else []
@@ -221,3 +323,15 @@ class Hand:
         for knob in self._knobs:
             knob.load_state_dict(state["knobs"][knob.name])
         self.decisions = [Decision.from_json(row) for row in state["decisions"]]
+
+
+def _words(knob: Knob, before: float, now: float) -> str:
+    """A move of a categorical knob by the names of its choices."""
+    if not isinstance(knob, CategoricalKnob) or before == now:
+        return ""
+    return f"{knob.choices[int(before)]} -> {knob.choices[int(now)]}"
+
+
+def _words_of_rest(factors: Mapping[str, float], knobs: tuple[str, ...]) -> str:
+    """What a knob's move takes along that is no knob, and so has no decision of its own."""
+    return "; ".join(f"{name} x {factor:.4g}" for name, factor in factors.items() if name not in knobs)

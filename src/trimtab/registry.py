@@ -70,6 +70,13 @@ _AGENTS = {
 _KNOBS = {
     "lr": Entry("trimtab.knobs.optimizer:LearningRate", "learning rate of every param group, ratios kept"),
     "weight_decay": Entry("trimtab.knobs.optimizer:WeightDecay", "weight decay; a group with 0 keeps 0"),
+    "momentum": Entry("trimtab.knobs.momentum:Momentum", "momentum of SGD, betas[0] of Adam and its kin"),
+    "beta2": Entry("trimtab.knobs.momentum:Beta2", "betas[1] of Adam and its kin"),
+    "grad_clip": Entry("trimtab.knobs.clipping:GradClip", "largest norm of the gradient"),
+    "optimizer": Entry("trimtab.knobs.switch:OptimizerChoice", "sgd, adam or adamw, with what it remembers"),
+    "batch_size": Entry("trimtab.knobs.data:BatchSize", "samples in a batch, in the middle of an epoch"),
+    "accumulation": Entry("trimtab.knobs.data:Accumulation", "micro-batches in an optimizer step"),
+    "dropout": Entry("trimtab.knobs.model:Dropout", "probability of every dropout in the model"),
 }
 _SIGNALS = {
     "train_loss_log_ratio": Entry(
@@ -88,6 +95,18 @@ _SIGNALS = {
     "lr_log_ratio_start": Entry("trimtab.signals:lr_log_ratio_start", "log10 of the rate's level over its start"),
     "lr_unit": Entry("trimtab.signals:lr_unit", "present learning rate on the unit interval of its bounds"),
     "weight_decay_unit": Entry("trimtab.signals:weight_decay_unit", "present weight decay on the unit interval"),
+    "momentum_unit": Entry("trimtab.signals:momentum_unit", "present momentum on the unit interval"),
+    "beta2_unit": Entry("trimtab.signals:beta2_unit", "present beta2 on the unit interval"),
+    "grad_clip_unit": Entry(
+        "trimtab.signals:grad_clip_unit", "present norm that gradients are clipped at, on the unit interval"
+    ),
+    "dropout_unit": Entry("trimtab.signals:dropout_unit", "present dropout on the unit interval"),
+    "batch_size_unit": Entry("trimtab.signals:batch_size_unit", "present batch size on the unit interval"),
+    "accumulation_unit": Entry(
+        "trimtab.signals:accumulation_unit", "present number of micro-batches on the unit interval"
+    ),
+    "optimizer_unit": Entry("trimtab.signals:optimizer_unit", "place of the present optimizer among its choices"),
+    "turn": Entry("trimtab.signals:turn", "place of the knob whose turn it is, where they move in turn"),
     "interval_loss_log_ratio": Entry(
         "trimtab.signals:interval_loss_log_ratio", "log of the interval's train loss over the one before"
     ),

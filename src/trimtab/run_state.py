@@ -8,7 +8,7 @@ as much as a hundredth of a small network's training step (docs/decisions.md). N
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["Array", "Interval", "RunState", "Summary", "Value"]
+__all__ = ["Array", "BatchingLoop", "Interval", "RunState", "Summary", "Value"]
 
 Array = npt.NDArray[np.float64]
 Value = float | Array
@@ -85,13 +85,38 @@ class Summary(NamedTuple):
     previous_smoothed_loss: Value = math.nan
 
 
+class BatchingLoop(Protocol):
+    """A loop that makes its own batches, as `TrainingLoop` does: what the knobs of the data can act on.
+
+    Attributes:
+        accumulation: Micro-batches averaged into one optimizer step.
+        grad_clip: Largest norm of the gradient; None leaves it alone.
+        max_batch_size: What memory was found to hold; None where it never ran out.
+    """
+
+    accumulation: int
+    grad_clip: float | None
+    max_batch_size: int | None
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in the next micro-batch."""
+
+    @property
+    def n_samples(self) -> int:
+        """The largest batch there can be."""
+
+    def resize(self, batch_size: int) -> None:
+        """Take micro-batches of this size from the next step on."""
+
+
 class RunState:
     """What may be seen and touched of a run.
 
     Args:
         optimizer: The optimizer whose settings knobs move.
         model: The model, where the caller gave one.
-        loader: The data loader, where the caller gave one.
+        loader: The data loader, or the loop, where the caller gave one.
         total_steps: Budget in optimizer steps; None where the horizon is unknown.
 
     Attributes:
@@ -106,6 +131,7 @@ class RunState:
         lowest_bad_rate: Lowest setting of the rate that was rolled back; NaN where none was.
         main_interval: Steps of an ordinary interval, that is of the decisions after the early ones.
         score_loss: Loss on the score split at the end of an episode of learning; NaN before, and in use.
+        turn: Place, in [0, 1], of the knob that the coming decision moves, where knobs move in turn.
         groups: Which runs are compared with one another in such an episode: the same number, the same task; (R,).
     """
 
@@ -113,7 +139,7 @@ class RunState:
         self,
         optimizer: Optimizer,
         model: nn.Module | None = None,
-        loader: Iterable[Any] | None = None,
+        loader: Iterable[Any] | BatchingLoop | None = None,
         total_steps: int | None = None,
     ) -> None:
         self.optimizer = optimizer
@@ -131,6 +157,7 @@ class RunState:
         self.lowest_bad_rate: Value = math.nan
         self.main_interval: Value = math.nan
         self.score_loss: Value = math.nan
+        self.turn: Value = math.nan
         self.groups: npt.NDArray[np.int64] | None = None
 
     @property

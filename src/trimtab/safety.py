@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,7 +47,14 @@ class Gate:
         if self.burn_in < 0 or self.min_distance < 1 or not self.max_factor > 1:
             raise InputError(f"{self}: expected burn_in >= 0, min_distance >= 1, max_factor > 1")
 
-    def limit(self, asked: float, present: float, decision: int, last_change: int | None) -> tuple[float, str]:
+    def limit(
+        self,
+        asked: float,
+        present: float,
+        decision: int,
+        last_change: int | None,
+        move: Callable[[float, float], float] | None = None,
+    ) -> tuple[float, str]:
         """What may be written of what was asked, and why it is less, if it is.
 
         Args:
@@ -55,12 +62,18 @@ class Gate:
             present: Setting now.
             decision: Number of this decision.
             last_change: Number of the last decision that changed something, or None.
+            move: What a factor makes of a setting, on the knob's scale; None: their product.
         """
         if decision < self.burn_in:
             return present, "gate: burn-in"
         if last_change is not None and decision - last_change < self.min_distance:
             return present, "gate: too soon after the last change"
-        limited = min(max(asked, present / self.max_factor), present * self.max_factor)
+        if move is None:
+            limited = min(max(asked, present / self.max_factor), present * self.max_factor)
+        elif math.isinf(self.max_factor):
+            limited = asked
+        else:
+            limited = min(max(asked, move(present, 1 / self.max_factor)), move(present, self.max_factor))
         return limited, "" if limited == asked else "gate: change too large"
 
 
@@ -279,9 +292,15 @@ class Snapshot:
             return gather([weight.sum(dtype=torch.float32) for weight in weights]).sum().view(1)
         return gather(torch._foreach_norm(weights)).sum().view(1)
 
-    def keep(self) -> None:
-        """Take a snapshot as of `sum_of_weights`, where no tensor has been written since: saves the second copy."""
-        if not self._is_copied:
+    def keep(self, *, is_stale: bool = False) -> None:
+        """Take a snapshot as of `sum_of_weights`, where no tensor has been written since: saves the second copy.
+
+        Args:
+            is_stale: A knob has written to the optimizer's state since, or put other tensors there.
+        """
+        if is_stale:
+            self._copied, self._view = [], None
+        if not self._is_copied or is_stale:
             self.take()
             return
         self._is_copied = False

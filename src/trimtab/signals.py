@@ -119,6 +119,17 @@ lr_log_ratio_start = Signal(lambda s: _log10(s.settings["lr"] / s.initial_settin
 lr_unit = Signal(lambda s: _unit(s, "lr"), 0.0, 1.0)
 # weight decay on the unit interval of its bounds (log scale)
 weight_decay_unit = Signal(lambda s: _unit(s, "weight_decay"), 0.0, 1.0)
+# present level of these knobs on the unit interval of their bounds, on the knob's own scale
+momentum_unit = Signal(lambda s: _unit(s, "momentum"), 0.0, 1.0)
+beta2_unit = Signal(lambda s: _unit(s, "beta2"), 0.0, 1.0)
+grad_clip_unit = Signal(lambda s: _unit(s, "grad_clip"), 0.0, 1.0)
+dropout_unit = Signal(lambda s: _unit(s, "dropout"), 0.0, 1.0)
+batch_size_unit = Signal(lambda s: _unit(s, "batch_size"), 0.0, 1.0)
+accumulation_unit = Signal(lambda s: _unit(s, "accumulation"), 0.0, 1.0)
+# place of the optimizer among its choices, 0 for the first and 1 for the last
+optimizer_unit = Signal(lambda s: _unit(s, "optimizer"), 0.0, 1.0)
+# place among the knobs of the one that the coming decision moves, 0 for the first and 1 for the last
+turn = Signal(lambda s: s.turn, 0.0, 1.0)
 # log(mean train loss of the interval / of the one before), not smoothed
 interval_loss_log_ratio = Signal(lambda s: _log_ratio(s.current.train_loss, s.previous.train_loss), -3.0, 3.0)
 # log(validation loss / the first one)

@@ -80,6 +80,10 @@ class ControlSpec:
         actions: How an action becomes a setting.
         timing: When decisions are taken.
         base: The schedule under the first knob, "lr".
+        turns: Move one knob a decision, in the order of `knobs`, instead of all at once: an action is one number then,
+            and the signal "turn" says whose it is.
+        masks: Leave a knob out on a run where it cannot act (dropout, on a model without), instead of refusing the
+            run; the rate is never left out.
 
     Raises:
         UnknownNameError: A name that no registry knows.
@@ -94,6 +98,8 @@ class ControlSpec:
     actions: Actions = field(default_factory=lambda: Actions("multiply", (1.0,)))
     timing: Timing = field(default_factory=Timing)
     base: Base = field(default_factory=Base)
+    turns: bool = False
+    masks: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.knobs, str) or not self.knobs or len(set(self.knobs)) != len(self.knobs):
@@ -108,19 +114,39 @@ class ControlSpec:
         for name in self.knob_options:
             if name not in self.knobs:
                 raise unknown_name("knob with options", name, self.knobs)
+        self._check_together()
+        self._check_signals()
+        make_schedule(self.base)
+
+    def _check_together(self) -> None:
+        """Knobs, and a base, of which two would write the same value."""
         if self.base.name != "constant" and "lr" not in self.knobs:
             raise InputError(
                 f"base schedule {self.base.name!r} acts on 'lr', which is not among the knobs {self.knobs}"
             )
         if "lr" in self.knobs and "weight_decay" in self.knobs and self.knob_options.get("lr", {}).get("hold_decay"):
             raise InputError("hold_decay=True and the knob 'weight_decay' would both write the decay; choose one")
+        if "optimizer" in self.knobs and self.knob_options.get("lr", {}).get("hold_decay"):
+            raise InputError("hold_decay=True and the knob 'optimizer' would both write the decay; choose one")
+
+    def _check_signals(self) -> None:
+        """Turns, and signals that speak of what is not there."""
+        for name, value in (("turns", self.turns), ("masks", self.masks)):
+            if not isinstance(value, bool):
+                raise InputError(f"{name} is {value!r}; expected True or False")
+        if "turn" in self.signals and not self.turns:
+            raise InputError("the signal 'turn' says which knob's turn it is; give turns=True, or leave it out")
+        if self.turns and len(self.knobs) > 1 and self.signals and "turn" not in self.signals:
+            raise InputError(
+                "turns=True, but the signal 'turn' is not observed, so that the agent cannot know which knob it moves; "
+                "add it to the signals"
+            )
         for needed, signals in _SIGNAL_OF_KNOB.items():
             if needed not in self.knobs and signals & set(self.signals):
                 raise InputError(
                     f"signals {sorted(signals & set(self.signals))} speak of the knob {needed!r}, which is "
                     f"not among the knobs {self.knobs}"
                 )
-        make_schedule(self.base)
 
     @classmethod
     def for_agent(cls, agent: Agent, **changes: Any) -> ControlSpec:
@@ -151,9 +177,18 @@ class ControlSpec:
         return gymnasium.spaces.Box(low, high, shape=(len(signals),), dtype=np.float64)
 
     @property
+    def n_moved(self) -> int:
+        """Knobs that one decision moves: the columns of an action."""
+        return 1 if self.turns else len(self.knobs)
+
+    @property
     def action_space(self) -> gymnasium.Space[Any]:
-        """Space of one run's action: Discrete or MultiDiscrete for factors, Box (K,) for moves and settings."""
-        count = len(self.knobs)
+        """Space of one run's action: Discrete or MultiDiscrete for factors, Box for moves and settings.
+
+        One number for each of the K knobs, factored: each is moved by its own; one number in all where they move in
+        turn.
+        """
+        count = self.n_moved
         if self.actions.kind == "multiply":
             n_factors = len(self.actions.factors)
             return (
@@ -201,36 +236,73 @@ class ControlSpec:
         reward: Callable[[RunState], Array] = registry.load("reward", self.reward)
         return reward
 
-    def decode(self, action: npt.NDArray[Any], settings: Array) -> Array:
-        """The settings that an action asks for, one column a knob; (R, K), (R, K) -> (R, K).
+    def decode(self, action: npt.NDArray[Any], settings: Array, turn: int | None = None) -> Array:
+        """The settings that an action asks for, one column a knob; (R, n_moved), (R, K) -> (R, K).
+
+        Args:
+            action: See above.
+            settings: The settings now.
+            turn: Column of the knob that is moved, where they move in turn.
 
         Raises:
             InputError: The action has another shape, or is not finite.
         """
         moves = np.asarray(action)
-        if moves.shape != settings.shape or moves.dtype.kind not in "fiu" or not np.isfinite(moves).all():
-            raise InputError(f"action {action!r}; expected finite numbers of shape {settings.shape}, one column a knob")
-        return self.actions.decode_all(moves, settings)
+        shape = (len(settings), self.n_moved)
+        if moves.shape != shape or moves.dtype.kind not in "fiu" or not np.isfinite(moves).all():
+            raise InputError(f"action {action!r}; expected finite numbers of shape {shape}, one column a knob")
+        if not self.turns and not any(self._movers):
+            return self.actions.decode_all(moves, settings)
+        asked = np.array(settings, dtype=np.float64)
+        for place, column in enumerate(range(len(self.knobs)) if turn is None else [turn]):
+            mover, present = self._movers[column], settings[:, column]
+            if mover is None or self.actions.kind == "set":
+                asked[:, column] = self.actions.decode_all(moves[:, place], present)
+            else:
+                asked[:, column] = mover.move(present, self.actions.decode_all(moves[:, place], np.ones(len(present))))
+        return asked
 
-    def decode_one(self, action: npt.NDArray[Any], settings: list[float]) -> list[float]:
-        """The same for a single run; (1, K).
+    def decode_one(self, action: npt.NDArray[Any], settings: list[float], turn: int | None = None) -> list[float]:
+        """The same for a single run; (1, n_moved).
 
         Raises:
             InputError: The action has another shape, or is not finite.
         """
         rows = action.tolist() if isinstance(action, np.ndarray) else action
         moves = rows[0] if isinstance(rows, list) and len(rows) == 1 and isinstance(rows[0], list) else []
-        if len(moves) != len(settings) or not all(map(math.isfinite, moves)):
+        if len(moves) != self.n_moved or not all(map(math.isfinite, moves)):
             raise InputError(
-                f"action {action!r}; expected finite numbers of shape (1, {len(settings)}), one column a knob"
+                f"action {action!r}; expected finite numbers of shape (1, {self.n_moved}), one column a knob"
             )
-        decode = self.actions.decode
-        return [decode(move, setting) for move, setting in zip(moves, settings, strict=True)]
+        if turn is not None:
+            asked = list(settings)
+            asked[turn] = self.decode_number(turn, moves[0], settings[turn])
+            return asked
+        return [self.decode_number(column, move, settings[column]) for column, move in enumerate(moves)]
+
+    def decode_number(self, column: int, move: float, setting: float) -> float:
+        """The setting that one number of an action asks for, of the knob in this column.
+
+        Raises:
+            InputError: An index outside of the factors.
+        """
+        mover = self._movers[column]
+        if mover is None or self.actions.kind == "set":
+            return self.actions.decode(move, setting)
+        return mover.move_one(setting, self.actions.decode(move, 1.0))
+
+    @functools.cached_property
+    def _movers(self) -> list[Knob | None]:
+        """What a factor means for each knob; None where it is a factor and nothing else."""
+        return [None if knob.is_plain else knob for knob in self.make_knobs()]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types; the inverse of `from_json`."""
+        """Plain JSON types; the inverse of `from_json`.
+
+        What was added later is left out at its default, so that specs made before keep their fingerprints.
+        """
         data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return data
+        return {key: value for key, value in data.items() if key not in _ADDED or value}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ControlSpec:
@@ -253,6 +325,7 @@ class ControlSpec:
                 actions=Actions(**{**data["actions"], "factors": tuple(data["actions"]["factors"])}),
                 timing=Timing(**data["timing"]),
                 base=Base(**data["base"]),
+                **{key: data[key] for key in _ADDED if key in data},
             )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
@@ -265,4 +338,13 @@ class ControlSpec:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-_SIGNAL_OF_KNOB = {"lr": {"lr_log_ratio_start", "lr_unit"}, "weight_decay": {"weight_decay_unit"}}
+_ADDED = ("turns", "masks")
+_SIGNAL_OF_KNOB = {
+    "lr": {"lr_log_ratio_start", "lr_unit"},
+    **{
+        name: {f"{name}_unit"}
+        for name in (
+            "accumulation", "batch_size", "beta2", "dropout", "grad_clip", "momentum", "optimizer", "weight_decay"
+        )
+    },
+}  # fmt: skip

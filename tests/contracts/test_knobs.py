@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,10 @@ import torch
 from torch import nn
 
 from trimtab import registry
+from trimtab.knobs.data import Accumulation, BatchSize
+from trimtab.knobs.momentum import Momentum
 from trimtab.knobs.optimizer import LearningRate, WeightDecay
+from trimtab.knobs.switch import OptimizerChoice
 from trimtab.run_state import Array, RunState
 from trimtab.testing import ContractError, check_knob
 
@@ -24,9 +28,50 @@ def two_groups() -> torch.optim.Optimizer:
 KEYS = {"lr": "lr", "weight_decay": "weight_decay"}
 
 
+class PlainLoop:
+    """What the knobs of the data ask of a loop."""
+
+    def __init__(self) -> None:
+        self.batch_size, self.max_batch_size, self.n_samples = 32, None, 1000
+        self.accumulation = 2
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+    def resize(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+
+def whole_run() -> RunState:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.2), nn.Linear(2, 2), nn.Dropout1d(0.4))
+    return RunState(two_groups(), model, PlainLoop())
+
+
+def set_groups(key: str, value: Any) -> Callable[[RunState], None]:
+    return lambda state: state.optimizer.param_groups[1].update({key: value})
+
+
+def replace_class(state: RunState) -> None:
+    state.optimizer.__class__ = torch.optim.Adam if type(state.optimizer) is not torch.optim.Adam else torch.optim.SGD
+
+
+# Each knob as somebody else would write it.
+DISTURBED: dict[str, Callable[[RunState], Any]] = {
+    "lr": set_groups("lr", 0.7),
+    "weight_decay": set_groups("weight_decay", 0.7),
+    "momentum": set_groups("betas", (0.77, 0.999)),
+    "beta2": set_groups("betas", (0.9, 0.777)),
+    "grad_clip": lambda state: state.optimizer._optimizer_step_pre_hooks.clear(),
+    "optimizer": replace_class,
+    "batch_size": lambda state: state.loader.resize(77),
+    "accumulation": lambda state: setattr(state.loader, "accumulation", 15),
+    "dropout": lambda state: setattr(state.model[3], "p", 0.33),
+}
+
+
 @pytest.mark.parametrize("name", registry.names("knob"))
 def test_registered_knobs(name: str) -> None:
-    check_knob(registry.load("knob", name)(), two_groups, key=KEYS.get(name))
+    check_knob(registry.load("knob", name)(), whole_run, key=KEYS.get(name), disturb=DISTURBED[name])
 
 
 def test_knobs_with_bounds() -> None:
@@ -109,6 +154,60 @@ class DecaysEverything(WeightDecay):
 def test_each_violation_is_named(broken: Any, key: str, text: str) -> None:
     with pytest.raises(ContractError, match=text):
         check_knob(broken, two_groups, key=key)
+
+
+class HalfSizes(BatchSize):
+    def from_unit(self, units: Array) -> Array:
+        return super().from_unit(units) + 0.5 * (units > 0.5)
+
+
+class DrawsNoSmaller(BatchSize):
+    def move(self, values: Array, factors: Array) -> Array:
+        return super().move(values, np.maximum(factors, 1.0))
+
+
+class RoundsOnReading(BatchSize):
+    def get(self, state: RunState) -> float:
+        return super().get(state) + (super().get(state) > 100)
+
+
+class TakesHalves(Accumulation):
+    def check_values(self, values: Any) -> Array:
+        return super().check_values(
+            np.floor(values) if isinstance(values, np.ndarray) and values.dtype == "f8" else values
+        )
+
+
+class NeverAnother(OptimizerChoice):
+    def find_conflict(self, state: RunState) -> str | None:
+        return None
+
+
+class AnyChoice(OptimizerChoice):
+    def __init__(self, choices: Any = ("sgd", "adam", "adamw")) -> None:
+        super().__init__(("sgd", "adam", "adamw"))
+
+
+class ForgetsBounds(Momentum):
+    def clip(self, values: Array) -> Array:
+        return values
+
+
+@pytest.mark.parametrize(
+    ("broken", "text"),
+    [
+        (HalfSizes(), "from_unit gives .*, not whole numbers"),
+        (DrawsNoSmaller(), "a move by the factor 0.999 turned"),
+        (RoundsOnReading(), "wrote 128.0, read back 129.0"),
+        (TakesHalves(), "half a number: expected an InputError, but it was accepted"),
+        (NeverAnother(), "did not notice what somebody else wrote"),
+        (AnyChoice(), r"choices \(\): expected an InputError, but it was accepted"),
+        (ForgetsBounds(), "clip leaves .* outside its bounds"),
+    ],
+)
+def test_each_violation_of_whole_and_categorical_knobs_is_named(broken: Any, text: str) -> None:
+    with pytest.raises(ContractError, match=text):
+        check_knob(broken, whole_run, disturb=DISTURBED[broken.name])
 
 
 def test_hold_decay_keeps_the_product_and_a_group_without_decay() -> None:

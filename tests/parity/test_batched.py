@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from trimtab.errors import InputError
 from trimtab.gradients import MEASURE_EVERY, GradientProbe
+from trimtab.knobs.momentum import Momentum
+from trimtab.run_state import RunState
 from trimtab.tasks.base import Split
 from trimtab.tasks.small import ModuleNetwork, Network, SmallTask
 from trimtab.training import batched
@@ -477,3 +479,89 @@ def test_different_architectures_are_not_mixed() -> None:
     assert "copies of one module are trained together; make one batch of runs an architecture" in str(caught.value)
     with pytest.raises(InputError, match=r"networks of kinds \['attention', 'recurrent'\] cannot be stacked"):
         BatchedTraining([tasks[0], characters(1, COPIES["attention"])], [0, 1], [1e-2] * 2)
+
+
+# ---- knobs ----------------------------------------------------------------------------------------------------------
+
+
+def same_parameters(batch: BatchedTraining, loops: list[TrainingLoop]) -> None:
+    for run, loop in enumerate(loops):
+        for mine, theirs in zip(batch.parameters_of(run), learned(loop.model), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_momentum_acts_as_the_knob_of_a_single_run_does(name: str) -> None:
+    tasks, seeds, rates = tasks_of("mlp", **SETTINGS[name]), [1, 2, 3, 4], [1e-2, 1e-3, 3e-3, 1e-2]
+    batch = BatchedTraining(tasks, seeds, rates, dtype=torch.float64)
+    loops = loops_of(tasks, seeds, rates, torch.float64)
+    knobs = [(Momentum(), RunState(loop.optimizer)) for loop in loops]
+    found = [float(knob.bind(state)[0]) for knob, state in knobs]
+    assert batch.optimizer.momentum[:, 0].tolist() == found
+    for values in ([0.5, 0.9, 0.0, 0.99], [0.95, 0.9, 0.7, 0.0], [0.2, 0.5, 0.5, 0.8]):
+        batch.run(6)
+        batch.optimizer.set_momentum(torch.tensor(values, dtype=torch.float64).unsqueeze(1))
+        assert batch.optimizer.momentum[:, 0].tolist() == values
+        for loop, (knob, state), value in zip(loops, knobs, values, strict=True):
+            for _ in range(6):
+                loop.step()
+            knob.write(state, np.array([value]))
+    batch.run(6)
+    for loop in loops:
+        for _ in range(6):
+            loop.step()
+    same_parameters(batch, loops)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "attention"])
+def test_batches_of_different_sizes_are_those_of_the_loops(kind: str) -> None:
+    tasks = tasks_of(kind)
+    count = len(tasks)
+    seeds, rates = [5] * count, [1e-2] * count
+    batch = BatchedTraining(tasks, seeds, rates, dtype=torch.float64)
+    loops = loops_of(tasks, seeds, rates, torch.float64)
+    assert batch.batch_sizes.tolist() == [8] * count
+    losses: list[Tensor] = []
+    expected: list[Tensor] = []
+    changes = [[8, 8, 8, 8], [3, 16, 8, 1], [20, 5, 8, 40], [40, 40, 40, 40], [7, 7, 7, 7], [2, 9, 30, 8]]
+    for sizes, n_steps in zip(changes, (3, 4, 3, 2, 9, 5), strict=True):
+        batch.resize(np.array(sizes[:count]))
+        losses.append(batch.run(n_steps).losses)
+        for loop, size in zip(loops, sizes, strict=False):
+            loop.resize(size)
+        expected.append(torch.stack([torch.stack([loop.step() for loop in loops]) for _ in range(n_steps)]))
+    torch.testing.assert_close(torch.cat(losses), torch.cat(expected), rtol=1e-9, atol=1e-9)
+    same_parameters(batch, loops)
+    with pytest.raises(
+        InputError, match=r"batch sizes .*; expected one for each run, from 1 to its train samples \[40"
+    ):
+        batch.resize(np.array([41] * count))
+
+
+def test_sizes_that_are_changed_before_the_first_step() -> None:
+    tasks = tasks_of("mlp")
+    batch, loops = BatchedTraining(tasks, [5] * 4, [1e-2] * 4, dtype=torch.float64), []
+    batch.resize(np.array([4, 8, 16, 32]))
+    losses = batch.run(12).losses
+    loops = loops_of(tasks, [5] * 4, [1e-2] * 4, torch.float64)
+    for run, loop in enumerate(loops):
+        loop.resize(4 * 2**run)
+        expected = torch.stack([loop.step() for _ in range(12)])
+        torch.testing.assert_close(losses[:, run], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_dropout_that_is_written_is_dropout_that_was_there() -> None:
+    def with_dropout(probability: float) -> BatchedTraining:
+        tasks = tasks_of("mlp")
+        given = [dataclasses.replace(task.network, dropout=probability if i else 0.0) for i, task in enumerate(tasks)]
+        tasks = [dataclasses.replace(task, network=network) for task, network in zip(tasks, given, strict=True)]
+        return BatchedTraining(tasks, [3] * 4, [1e-2] * 4)
+
+    written, there, other = with_dropout(0.2), with_dropout(0.5), with_dropout(0.2)
+    written.set_dropout(np.full(4, 0.5))
+    np.testing.assert_array_equal(written.dropout, [np.nan, 0.5, 0.5, 0.5])
+    for batch in (written, there, other):
+        batch.run(5)
+    assert torch.equal(written.parameters, there.parameters)
+    assert not torch.equal(written.parameters[1:], other.parameters[1:])
+    assert torch.equal(written.parameters[0], other.parameters[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -133,3 +134,64 @@ def test_observations_and_rates_are_those_of_a_controller(
             n_compared += 1
     assert n_compared >= 2
     assert n_rollbacks >= 1
+
+
+class Joint(Puppet):
+    """Several numbers a decision, or one."""
+
+    def __init__(self, moves: npt.NDArray[Any]) -> None:
+        super().__init__([])
+        self._rows = np.concatenate([np.zeros((1, moves.shape[1])), moves])
+
+    def predict(
+        self,
+        observation: Array,
+        state: State | None = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[Any], State | None]:
+        self.seen.append(observation[0])
+        return self._rows[[min(len(self.seen), len(self._rows)) - 1]], state
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_several_knobs_act_here_as_under_a_controller(turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batched, "BatchedTraining", functools.partial(BatchedTraining, dtype=torch.float64))
+    plain = default_spec()
+    own = ("momentum_unit", "batch_size_unit", *(["turn"] if turns else []))
+    spec = dataclasses.replace(
+        plain,
+        knobs=("lr", "momentum", "batch_size"),
+        knob_options={"batch_size": {"low": 4, "high": 50}},
+        signals=(*plain.signals, *own),
+        turns=turns,
+    )
+    options: dict[str, Any] = {"horizon": (60, 90), "runs_per_task": 2, "no_validation": 0.0, "some_validation": 0.0}
+    env = TrainingVectorEnv(6, ("mlp",), spec, initial_lr=(1e-4, 1e-2), **options)
+    observation, _ = env.reset(seed=8)
+    moves = np.random.default_rng(0).choice([-0.3, 0.0, 0.3], (env.n_decisions, 6, 1 if turns else 3))
+    seen, is_cut = [observation], np.zeros(6, dtype=bool)
+    for row in moves:
+        observation, *_, infos = env.step(row)
+        seen.append(observation)
+        is_cut |= infos["rolled_back"]
+    n_compared = 0
+    for batch in draw_episode(env.options, 6, spec.timing, derive_seed(8, "episode", 0, "of runs")):
+        for task, group, seed, lr in zip(batch.tasks, batch.groups, batch.seeds, batch.lr, strict=True):
+            place = 2 * group + [r for r, g in zip(batch.lr, batch.groups, strict=True) if g == group].index(lr)
+            if task.network.dropout or is_cut[place]:
+                continue
+            loop = in_double(task, seed, lr, batch.total_steps)
+            puppet = Joint(moves[:, place])
+            controller = Controller(
+                puppet, optimizer=loop.optimizer, model=loop.model, loader=loop, total_steps=batch.total_steps,
+                spec=spec, mode="use",
+            )  # fmt: skip
+            while not loop.is_over():
+                loss = loop.step()
+                controller.step(loss, loop.evaluate("val")["loss"] if controller.is_due else None)
+            mine = np.array([*puppet.seen[1:], controller.last_observation])
+            np.testing.assert_allclose(mine, np.stack([row[place] for row in seen]), atol=1e-7, rtol=1e-7)
+            assert len({round(x, 9) for x in mine[:, len(plain.signals) + 1]}) >= 3  # the batch size did change
+            n_compared += 1
+    assert n_compared >= 2

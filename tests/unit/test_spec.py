@@ -42,6 +42,8 @@ CHANGES: list[dict[str, Any]] = [
     {"actions": Actions("decades")},
     {"timing": Timing(every=3)},
     {"base": Base("cosine", {"min_factor": 0.2})},
+    {"turns": True, "signals": ("progress", "lr_unit", "turn")},
+    {"masks": True},
 ]
 
 
@@ -60,6 +62,7 @@ def test_the_fingerprint_is_fixed_and_speaks_of_every_field() -> None:
     assert {field for change in CHANGES for field in change} == {
         field.name for field in dataclasses.fields(ControlSpec)
     }
+    assert SPEC.fingerprint == "aa562af63656c5e3"  # as it was before there were turns and masks
     assert SPEC.fingerprint == dataclasses.replace(SPEC, knobs=["lr", "weight_decay"]).fingerprint  # type: ignore[arg-type]
 
 
@@ -69,7 +72,15 @@ def test_the_fingerprint_is_fixed_and_speaks_of_every_field() -> None:
         ({"knobs": ()}, "expected a sequence of one or more different names"),
         ({"knobs": "lr"}, "expected a sequence of one or more different names"),
         ({"knobs": ("lr", "lr")}, "expected a sequence of one or more different names"),
-        ({"knobs": ("momentum",)}, "unknown knob 'momentum'"),
+        ({"knobs": ("momenta",)}, "unknown knob 'momenta'; did you mean 'momentum'"),
+        ({"turns": 1}, "turns is 1; expected True or False"),
+        ({"masks": "yes"}, "masks is 'yes'; expected True or False"),
+        ({"turns": True}, "turns=True, but the signal 'turn' is not observed"),
+        ({"signals": ("turn",)}, "the signal 'turn' says which knob's turn it is; give turns=True"),
+        (
+            {"knobs": ("lr", "optimizer"), "knob_options": {"lr": {"hold_decay": True}}},
+            "hold_decay=True and the knob 'optimizer' would both write the decay",
+        ),
         ({"signals": ("val_loss",)}, "unknown signal 'val_loss'; did you mean"),
         ({"reward": "improvment"}, "unknown reward 'improvment'; did you mean 'improvement'"),
         ({"knob_options": {"wd": {}}}, "unknown knob with options 'wd'; did you mean 'weight_decay'"),
@@ -109,7 +120,9 @@ def test_broken_json(broken: dict[str, Any], text: str) -> None:
         ControlSpec.from_json({**SPEC.to_json(), **broken})
 
 
-@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(ControlSpec)])
+@pytest.mark.parametrize(
+    "key", [field.name for field in dataclasses.fields(ControlSpec) if field.name not in ("turns", "masks")]
+)
 def test_a_missing_key_is_named(key: str) -> None:
     data = SPEC.to_json()
     del data[key]
@@ -156,6 +169,47 @@ def test_observe_stacks_the_signals_in_order() -> None:
 
 def test_the_reward_is_the_one_that_is_named() -> None:
     assert SPEC.make_reward()(make_state(3)).tolist() == [-1.95]
+
+
+def test_a_spec_with_turns_and_masks_comes_back_from_json() -> None:
+    spec = dataclasses.replace(SPEC, turns=True, masks=True, signals=("turn",))
+    assert ControlSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert spec.n_moved == 1
+    assert spec.action_space == gymnasium.spaces.Discrete(3)
+    assert not {"turns", "masks"} & set(SPEC.to_json())
+
+
+MANY = ControlSpec(
+    knobs=("lr", "momentum", "dropout", "batch_size", "optimizer"), actions=Actions("multiply", (0.5, 1.0, 2.0))
+)
+
+
+def test_the_joint_space_of_many_knobs_is_factored() -> None:
+    assert MANY.action_space == gymnasium.spaces.MultiDiscrete([3] * 5)
+    moves = dataclasses.replace(MANY, actions=Actions("decades", low=-1.0, high=1.0))
+    assert moves.action_space == gymnasium.spaces.Box(-1.0, 1.0, (5,), np.float64)
+
+
+def test_each_knob_moves_on_its_own_scale() -> None:
+    before = [0.1, 0.9, 0.2, 33.0, 1.0]
+    up = MANY.decode_one(np.full((1, 5), 2), before)
+    # 1 - momentum is halved; dropout moves by log10(2) of its range of 0.6; the batch is doubled; the next optimizer.
+    assert up == pytest.approx([0.2, 0.95, 0.2 + 0.6 * math.log10(2), 66.0, 2.0])
+    down = MANY.decode_one(np.zeros((1, 5), dtype=int), before)
+    assert down == pytest.approx([0.05, 0.8, 0.2 - 0.6 * math.log10(2), 16.0, 0.0])
+    assert MANY.decode_one(np.ones((1, 5), dtype=int), before) == before
+    both = np.array([[2] * 5, [0] * 5])
+    np.testing.assert_array_equal(MANY.decode(both, np.array([before, before])), [up, down])
+
+
+def test_in_turn_one_number_moves_one_knob() -> None:
+    spec = dataclasses.replace(MANY, turns=True)
+    before = [0.1, 0.9, 0.2, 33.0, 1.0]
+    assert spec.decode_one(np.array([[2]]), before, 3) == [0.1, 0.9, 0.2, 66.0, 1.0]
+    moved = spec.decode(np.array([[2], [1]]), np.array([before, before]), 0)
+    np.testing.assert_array_equal(moved, [[0.2, *before[1:]], before])
+    with pytest.raises(InputError, match=r"expected finite numbers of shape \(1, 1\)"):
+        spec.decode_one(np.full((1, 5), 2), before, 3)
 
 
 def test_decode() -> None:

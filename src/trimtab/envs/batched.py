@@ -8,7 +8,7 @@ the one of use: an interval that goes wrong is rolled back, the rate divided, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import gymnasium
@@ -40,8 +40,12 @@ class TrainingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     are used up, which is `terminated`, since the progress is observed; nothing is ever truncated. The step after it
     draws the next episode (Gymnasium's `AutoresetMode.NEXT_STEP`): its action counts for nothing, its reward is 0.
 
-    `infos` has, per run: "lr" as read back from where it acts, "total_steps", "group" (the number of its task),
-    "rolled_back", and at the end of an episode "score_loss", the final loss on the split that is never observed.
+    Knobs are "lr" (always), "weight_decay", "momentum", "dropout" and "batch_size"; others are refused by name. Many
+    networks that are drawn have no dropout: with `masks` in the spec it is left out there, without it they are refused.
+
+    `infos` has, per run: every knob as read back from where it acts (NaN where it is masked), "total_steps",
+    "group" (the number of its task), "rolled_back", and at the end of an episode "score_loss", the final loss on the
+    split that is never observed.
 
     Args:
         num_envs: R.
@@ -215,6 +219,7 @@ class _Runs:
         self._schedule: Schedule = env._schedule
         self._knobs, self._rate = env._knobs, spec.knobs.index("lr")
         self._cut = env._safety.cut
+        self._turns = spec.turns
         self._batches = batches
         self._trainings = [BatchedTraining(b.tasks, b.seeds, b.lr, device=env.device) for b in batches]
         # Runs of a task stand side by side in the order of the tasks, whatever batch they are in.
@@ -242,6 +247,9 @@ class _Runs:
         self._index = 0
         self.is_over = False
         self._settings = np.stack([self._read(knob.name) for knob in self._knobs], axis=1)
+        self._is_masked = np.isnan(self._settings)
+        self._check_masks()
+        self._n_samples = self._spread([training.n_samples for training in self._trainings])
         for column, knob in enumerate(self._knobs):
             state.settings[knob.name] = state.initial_settings[knob.name] = self._settings[:, column].copy()
             state.to_unit[knob.name] = knob.to_unit
@@ -253,10 +261,19 @@ class _Runs:
             out[places] = part
         return out
 
+    def _check_masks(self) -> None:
+        """Refuse runs that a knob cannot act on, where the spec does not mask it."""
+        if self._is_masked.any() and not self._spec.masks:
+            run = int(self._is_masked.any(1).argmax())
+            family = self._batches[self._homes[run][0]].family
+            raise InputError(
+                f"the knob 'dropout' cannot act on a run of the family {family!r}: its network has no dropout; leave "
+                "the knob out, or give masks=True"
+            )
+
     def _read(self, knob: str) -> Array:
-        """A knob's values as they stand where they act; (R,)."""
-        columns = [getattr(t.optimizer, "lr" if knob == "lr" else "weight_decay") for t in self._trainings]
-        return self._spread([column[:, 0].double().cpu().numpy() for column in columns])
+        """A knob's values as they stand where they act; NaN where it has none; (R,)."""
+        return self._spread([_READ[knob](training) for training in self._trainings])
 
     def _write(self) -> None:
         """Make the settings act; the rates of lost runs are 0."""
@@ -267,17 +284,19 @@ class _Runs:
                 else self._settings[:, column]
             )
             for places, training in zip(self._places, self._trainings, strict=True):
-                target = training.optimizer.lr if knob.name == "lr" else training.optimizer.weight_decay
-                target[:, 0] = torch.from_numpy(values[places]).to(target)
-                if knob.name == "weight_decay":
-                    training.optimizer.look_at_decay()
+                _WRITE[knob.name](training, values[places])
 
     def act(self, actions: npt.NDArray[Any]) -> None:
         """Move the settings; of a run that was just rolled back the guard has moved the rate, and nothing else does."""
-        asked = self._spec.decode(actions, self._settings)
-        for column, knob in enumerate(self._knobs):
-            before = self._settings[:, column]
+        # The decision that is answered was counted when its interval ended.
+        turn = (self._index - 1) % len(self._knobs) if self._turns else None
+        asked = self._spec.decode(actions, self._settings, turn)
+        for column in range(len(self._knobs)) if turn is None else [turn]:
+            knob, before = self._knobs[column], self._settings[:, column]
             moved = np.where(asked[:, column] == before, before, knob.clip(asked[:, column]))
+            if knob.name == "batch_size":
+                moved = np.minimum(moved, self._n_samples)
+            moved = np.where(self._is_masked[:, column], before, moved)
             self._set(column, np.where(self._is_cut | self._is_lost, before, moved), ~self._is_cut)
         self._write()
 
@@ -320,6 +339,8 @@ class _Runs:
         if self.is_over:
             score = self._spread([t.evaluate("score").double().cpu().numpy() for t in self._trainings])
             state.score_loss = np.where(np.isnan(score), np.inf, score)
+        if self._turns:
+            state.turn = np.full(len(bad), self._index % len(self._knobs) / max(1, len(self._knobs) - 1))
         # What agents see, and learn by, is the interval as it was; only then it is undone.
         self.observation = self._observe(state)
         reward = self._reward(state)
@@ -378,7 +399,7 @@ class _Runs:
     def infos(self) -> dict[str, Any]:
         """See `TrainingVectorEnv`."""
         infos = {
-            "lr": self._read("lr"),
+            **{knob.name: self._read(knob.name) for knob in self._knobs},
             "total_steps": self.state.budgets.astype(np.int64),
             "group": self.state.groups,
             "rolled_back": self._is_cut.copy(),
@@ -419,9 +440,53 @@ def _names(families: Sequence[str]) -> tuple[str, ...]:
 
 def _check_spec(spec: ControlSpec) -> None:
     """Refuse what batches of runs cannot honour."""
-    if "lr" not in spec.knobs or set(spec.knobs) - {"lr", "weight_decay"}:
-        raise InputError(f"knobs {spec.knobs}; batches of runs have ('lr',) or ('lr', 'weight_decay')")
+    for name in spec.knobs:
+        if name not in _READ:
+            raise InputError(
+                f"the knob {name!r} is not known to batches of runs, which have {', '.join(_READ)}; leave it out"
+            )
+    if "lr" not in spec.knobs:
+        raise InputError(f"knobs {spec.knobs}; batches of runs need 'lr' among them")
+    if spec.knob_options.get("batch_size", {}).get("rate_scaling", "none") != "none":
+        raise InputError("rate_scaling of the knob 'batch_size' is not known to batches of runs; leave it out")
+    if spec.turns and spec.masks:
+        raise InputError(
+            "turns and masks together are not known to batches of runs, whose turns are the same; choose one"
+        )
     if spec.knob_options.get("lr", {}).get("hold_decay"):
         raise InputError("hold_decay=True of the knob 'lr' is not known to batches of runs; leave it out")
     if spec.reward == "accuracy_improvement":
         raise InputError("reward 'accuracy_improvement': batches of runs report no accuracy; take another reward")
+
+
+def _write_column(name: str) -> Callable[[BatchedTraining, Array], None]:
+    def write(training: BatchedTraining, values: Array) -> None:
+        target: torch.Tensor = getattr(training.optimizer, name)
+        target[:, 0] = torch.from_numpy(values).to(target)
+        if name == "weight_decay":
+            training.optimizer.look_at_decay()
+
+    return write
+
+
+def _column(tensor: torch.Tensor) -> Array:
+    return np.asarray(tensor[:, 0].double().cpu().numpy())
+
+
+# Where each knob acts in a batch of runs, in the order of its runs.
+_READ: dict[str, Callable[[BatchedTraining], Array]] = {
+    "lr": lambda training: _column(training.optimizer.lr),
+    "weight_decay": lambda training: _column(training.optimizer.weight_decay),
+    "momentum": lambda training: _column(training.optimizer.momentum),
+    "dropout": lambda training: training.dropout,
+    "batch_size": lambda training: training.batch_sizes.astype(np.float64),
+}
+_WRITE: dict[str, Callable[[BatchedTraining, Array], None]] = {
+    "lr": _write_column("lr"),
+    "weight_decay": _write_column("weight_decay"),
+    "momentum": lambda training, values: training.optimizer.set_momentum(
+        torch.from_numpy(values).unsqueeze(1).to(training.parameters.device)
+    ),
+    "dropout": lambda training, values: training.set_dropout(values),
+    "batch_size": lambda training, values: training.resize(values.astype(np.int64)),
+}

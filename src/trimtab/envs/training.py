@@ -41,8 +41,8 @@ class TrainingEnv(gymnasium.Env[Any, Any]):
     the rate, and the action that follows counts for nothing, as in use.
 
     `infos` has "optimizer_steps", "val_loss", "rolled_back", each knob's value as read back from the optimizer (the
-    base schedule included), and at the end "final_val_loss", measured on the weights that are kept, and
-    "best_val_loss". The test split is not read.
+    base schedule included), "masked" (knobs that cannot act on the run, where the spec masks them), and at the end
+    "final_val_loss", measured on the weights that are kept, and "best_val_loss". The test split is not read.
 
     Args:
         task: A task, or the name of one in the registry.
@@ -126,6 +126,7 @@ class TrainingEnv(gymnasium.Env[Any, Any]):
             "constant",  # which is never asked: the actions come by `answer`
             optimizer=loop.optimizer,
             model=loop.model,
+            loader=loop,
             total_steps=loop.total_steps,
             spec=dataclasses.replace(self.control_spec, timing=timing),
             safety=self._safety,
@@ -182,6 +183,7 @@ class TrainingEnv(gymnasium.Env[Any, Any]):
             "optimizer_steps": loop.steps_done,
             "val_loss": self._val_loss,
             "rolled_back": controller.was_rolled_back or controller.status == "gave_up",
+            "masked": sorted(controller.masked),
             **controller.read_knobs(),
         }
         if controller.status != "running":
@@ -217,8 +219,10 @@ class _Held(Controller):
         if self._is_waiting:
             self._hand.act(action, decided, self._t, is_placebo=False)
             self._is_waiting = False
+            if self._guard is not None and self._hand.take_touched():
+                self._snapshot.keep(is_stale=True)
         else:
-            self.spec.decode_one(action, self._hand.settings)  # a wrong action is refused even where it cannot count
+            self._hand.check(action, decided)  # a wrong action is refused even where it cannot count
 
 
 def _make_spec(spec: ControlSpec | None, knobs: Sequence[str] | None) -> ControlSpec:

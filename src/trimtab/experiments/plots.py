@@ -31,6 +31,8 @@ _MARKS = {  # how a decision is marked: marker, area, what it says; the arm's co
     "agent": ("o", 9, "agent: changed"),
     "guard": ("v", 42, "guard: rolled back, cut"),
     "gave_up": ("X", 60, "guard: gave up"),
+    "follow": ("d", 30, "followed another knob"),
+    "memory": ("P", 42, "out of memory: halved"),
     "conflict": ("*", 70, "second writer found"),
 }
 

@@ -218,6 +218,7 @@ class _Run:
             agent,
             optimizer=loop.optimizer,
             model=loop.model,
+            loader=loop,
             total_steps=loop.total_steps,
             spec=replace(spec, timing=_in_steps(spec.timing, loop)),
             safety=Safety(rollback=job["kind"] in _GUARDED),

@@ -8,38 +8,58 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from trimtab.errors import InputError
+from trimtab.errors import InputError, unknown_name
 from trimtab.run_state import Array, RunState
 
-__all__ = ["Knob"]
+__all__ = ["CategoricalKnob", "Knob"]
+
+Scale = Literal["log", "linear", "reverse_log", "categorical"]
 
 
 class Knob(ABC):
     """One hyperparameter of R runs.
 
+    The scale says what a move is. A factor f turns a value x of scale "log" into f x; "reverse_log" (a momentum) 1 - x
+    into (1 - x) / f; "linear" moves x by log10(f) of the range between the bounds; "categorical" to the next choice
+    (f > 1) or the one before. A whole-numbered knob moves by one at least.
+
     Args:
         low: Smallest setting that a controller may choose.
         high: Largest setting that a controller may choose.
 
+    Attributes:
+        is_whole: Whether only whole numbers make sense.
+        below: Every value has to be smaller than this.
+        moves_rate: Whether a move of this knob asks for one of the rate, which must then be a knob too.
+        has_touched_state: Set by `put` where it changed the optimizer's state: a snapshot taken before is of no use.
+
     Raises:
-        InputError: The bounds are not finite, not in order, or not positive on a log scale.
+        InputError: The bounds are not finite, not in order, not positive on a log scale, or not whole where only
+            whole numbers make sense.
     """
 
     name: ClassVar[str]
-    scale: ClassVar[Literal["log", "linear"]] = "log"
+    scale: ClassVar[Scale] = "log"
+    is_whole: ClassVar[bool] = False
+    below: float = math.inf
+    moves_rate: bool = False
+    has_touched_state: bool = False
 
     def __init__(self, low: float, high: float) -> None:
         for key, bound in (("low", low), ("high", high)):
             if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not math.isfinite(bound):
                 raise InputError(f"{self.name}: {key} is {bound!r}; expected a finite number")
-        if low >= high or (self.scale == "log" and low <= 0):
-            raise InputError(
-                f"{self.name}: bounds [{low}, {high}]; expected {'0 < ' * (self.scale == 'log')}low < high"
-            )
+            if self.is_whole and bound != int(bound):
+                raise InputError(f"{self.name}: {key} is {bound!r}; expected a whole number")
+        if low >= high or low < 0 or (self.scale == "log" and low <= 0) or high >= self.below:
+            least = "0 < " if self.scale == "log" else "0 <= "
+            limit = f" < {self.below:g}" if self.below < math.inf else ""
+            raise InputError(f"{self.name}: bounds [{low}, {high}]; expected {least}low < high{limit}")
         self.low = float(low)
         self.high = float(high)
 
@@ -70,7 +90,8 @@ class Knob(ABC):
         """Write a value to where it acts; (R,). Never synchronises with a device.
 
         Raises:
-            InputError: A value is NaN, infinite, negative, or of the wrong shape or type; nothing is written.
+            InputError: A value is NaN, infinite, negative, beyond what makes sense, or of the wrong shape or type;
+                nothing is written.
         """
         self.put(state, float(self.check_values(values)[0]))
 
@@ -80,6 +101,26 @@ class Knob(ABC):
 
         It synchronises with a device only where something has changed there.
         """
+
+    def find_forced(self, state: RunState) -> tuple[float, str] | None:
+        """The value that the place itself fell back to, and why; None where what was written last stands.
+
+        The knob has taken it over, and its bounds, when this returns.
+        """
+        del state
+        return None
+
+    def consequences(self, state: RunState, before: float, now: float) -> Mapping[str, float]:
+        """Factors by which other knobs' settings are to be multiplied because this one is about to move.
+
+        Asked before `put`. The controller moves them and records each as a decision of its own.
+        """
+        del state, before, now
+        return {}
+
+    def take_along(self, state: RunState, name: str, factor: float) -> None:
+        """Multiply, as a consequence of a move, the value of another knob that nobody else moves."""
+        raise InputError(f"{self.name}: a move would change {name!r}, which is not among the knobs; add it")
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -91,21 +132,60 @@ class Knob(ABC):
 
     def clip(self, values: Array) -> Array:
         """Nearest setting inside the bounds; (R,)."""
-        return np.asarray(np.minimum(np.maximum(values, self.low), self.high))
+        inside = np.asarray(np.minimum(np.maximum(values, self.low), self.high))
+        return np.asarray(np.rint(inside)) if self.is_whole else inside
 
     def to_unit(self, values: Array) -> Array:
-        """Map settings to the unit interval of the bounds (log or linear), clipped to [0, 1]; (R,)."""
+        """Map settings to the unit interval of the bounds on the knob's scale, clipped to [0, 1]; (R,)."""
         low, high, inside = self.low, self.high, self.clip(values)
+        if low == high:  # memory has left one batch size alone
+            return np.zeros_like(inside)
         if self.scale == "log":
             return np.asarray(np.log(inside / low) / math.log(high / low))
+        if self.scale == "reverse_log":
+            return np.asarray(np.log((1 - inside) / (1 - low)) / math.log((1 - high) / (1 - low)))
         return np.asarray((inside - low) / (high - low))
 
     def from_unit(self, units: Array) -> Array:
-        """Inverse of `to_unit`; (R,)."""
+        """Inverse of `to_unit`, for whole numbers up to rounding; (R,)."""
         units = np.clip(units, 0.0, 1.0)
         if self.scale == "log":
-            return np.asarray(self.low * np.exp(units * math.log(self.high / self.low)))
-        return np.asarray(self.low + units * (self.high - self.low))
+            values = self.low * np.exp(units * math.log(self.high / self.low))
+        elif self.scale == "reverse_log":
+            values = 1 - (1 - self.low) * np.exp(units * math.log((1 - self.high) / (1 - self.low)))
+            values = np.where(units == 0, self.low, np.where(units == 1, self.high, values))
+        else:
+            values = self.low + units * (self.high - self.low)
+        return np.asarray(np.rint(values) if self.is_whole else values)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a move is nothing but a multiplication."""
+        return self.scale == "log" and not self.is_whole
+
+    def move(self, values: Array, factors: Array) -> Array:
+        """The settings that moves by these factors ask for, not clipped to the bounds; of one shape, as is the result.
+
+        See the class for what a factor means on each scale.
+        """
+        values, factors = np.asarray(values, np.float64), np.asarray(factors, np.float64)
+        if self.scale == "log":
+            moved = values * factors
+        elif self.scale == "reverse_log":
+            moved = np.maximum(1 - (1 - values) / factors, 0.0)
+        elif self.scale == "linear":
+            moved = values + np.log10(factors) * (self.high - self.low)
+        else:
+            moved = values + np.sign(factors - 1)
+        if not self.is_whole:
+            return np.asarray(np.where(factors == 1, values, moved))
+        direction = np.sign(factors - 1)
+        moved = np.rint(moved)
+        return np.asarray(np.where(moved == values, values + direction, moved))
+
+    def move_one(self, value: float, factor: float) -> float:
+        """The same for a single run."""
+        return float(self.move(np.array([value]), np.array([factor]))[0])
 
     def check_values(self, values: Any) -> Array:
         """Return the values as a float64 array of shape (1,).
@@ -123,4 +203,37 @@ class Knob(ABC):
         value = float(array[0])
         if not math.isfinite(value) or value < 0:
             raise InputError(f"{self.name}: got {value!r}; expected a finite number of 0 or more")
+        if value >= self.below:
+            raise InputError(f"{self.name}: got {value!r}; expected a number below {self.below:g}")
+        if self.is_whole and (value != int(value) or (self.scale == "log" and value < 1)):
+            least = " of 1 or more" if self.scale == "log" else ""
+            raise InputError(f"{self.name}: got {value!r}; expected a whole number{least}")
         return np.asarray(array, dtype=np.float64)
+
+
+class CategoricalKnob(Knob):
+    """One of several named choices; its value is the place of the choice in `choices`, from 0.
+
+    Args:
+        choices: Names that a controller may choose from, in order; two or more of `known`.
+
+    Raises:
+        InputError: Fewer than two choices, or one given twice.
+        UnknownNameError: A choice that there is not.
+    """
+
+    scale = "categorical"
+    is_whole = True
+    known: ClassVar[tuple[str, ...]]
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        if isinstance(choices, str) or not isinstance(choices, Sequence) or len(choices) < 2:
+            raise InputError(f"{self.name}: choices {choices!r}; expected two or more of {', '.join(self.known)}")
+        for choice in choices:
+            if choice not in self.known:
+                raise unknown_name(f"choice of the knob {self.name!r}", choice, self.known)
+        if len(set(choices)) != len(choices):
+            raise InputError(f"{self.name}: choices {list(choices)!r}; expected each of them once")
+        super().__init__(0, len(choices) - 1)
+        self.choices = tuple(choices)
+        self.below = float(len(choices))

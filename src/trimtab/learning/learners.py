@@ -135,6 +135,8 @@ class PolicyLearner(Learner):
         self._agent: PolicyAgent = _agent_for(spec, name, own, seed)
         if own.get("residual") and spec.knobs[0] != "lr":
             raise InputError(f"residual={own['residual']!r} moves the first knob, which is {spec.knobs[0]!r}, not 'lr'")
+        if own.get("residual") and spec.turns:
+            raise InputError(f"residual={own['residual']!r} knows the rate alone, and knobs move in turn; leave it out")
         self._trainer = trainer(self._agent, seed, rest)
 
     def iterate(self, envs: Any) -> dict[str, float]:
@@ -257,7 +259,7 @@ def _agent_for(spec: ControlSpec, name: str, options: Mapping[str, Any], seed: i
         "base": spec.base.name,
         "base_options": dict(spec.base.options),
     }
-    agent = make_agent(name, given, seed=seed, n_knobs=len(spec.knobs))
+    agent = make_agent(name, given, seed=seed, n_knobs=spec.n_moved)
     for key in ("signals", "actions", "timing", "base"):
         asked, there = getattr(agent.needs, key), getattr(spec, key)
         if asked != there:

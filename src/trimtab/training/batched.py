@@ -2,7 +2,9 @@
 
 Called by environments; it knows no reinforcement learning. Every run is the run that `TrainingLoop` makes of the same
 task and seed (tests/parity/test_batched.py), for a hundredth to a tenth of its cost. The caller owns the clock and
-the rates: `optimizer.lr` and `optimizer.weight_decay` act at the next step.
+the rates: `optimizer.lr` and `optimizer.weight_decay` act at the next step, and so do `optimizer.set_momentum`,
+`set_dropout` and `resize`. Runs may have batches of different sizes: all are as wide as the largest, and what is
+beyond a run's own size counts for nothing.
 
 What is drawn comes from each run's own streams "data order" and "weights", those of `TrainingLoop`, and for dropout
 from a hash of the run's seed, the step and the unit, so that a run does not depend on those beside it.
@@ -87,7 +89,8 @@ class BatchedTraining:
         sizes = sorted({task.batch_size for task in tasks})
         if len(sizes) != 1:
             raise InputError(f"batch sizes {sizes} cannot be trained together; make one batch of runs a size")
-        self._batch_size = sizes[0]
+        self._sizes = np.full(self.n_runs, sizes[0], dtype=np.int64)
+        self._shares: Tensor | None = None  # of each row in its run's loss, (R, B); None where all sizes are equal
         self._device = torch.device(device)
         self._network = stack(
             [task.network for task in tasks],
@@ -119,7 +122,7 @@ class BatchedTraining:
             name: _Padded([getattr(task, name) for task in distinct], self._task_of, dtype, self._device)
             for name in _SPLITS
         }
-        self._orders = _Orders([len(task.train.inputs) for task in tasks], seeds, self._batch_size, self._device)
+        self._orders = _Orders([len(task.train.inputs) for task in tasks], seeds, sizes[0], self._device)
         n_outputs = [task.n_outputs for task in tasks]
         self._no_class: Tensor | None = None
         if min(n_outputs) != max(n_outputs):
@@ -129,6 +132,46 @@ class BatchedTraining:
             self._no_class = self._no_class.unsqueeze(2).to(self._device)
         self._drop = _Dropout([task.network for task in tasks], seeds, dtype, self._device)
         self.steps_done = 0
+
+    @property
+    def batch_sizes(self) -> npt.NDArray[np.int64]:
+        """Samples in the batches of each run; (R,)."""
+        return self._sizes.copy()
+
+    @property
+    def n_samples(self) -> npt.NDArray[np.int64]:
+        """The largest batch of each run: its train samples; (R,)."""
+        return self._orders.counts
+
+    @property
+    def dropout(self) -> npt.NDArray[np.float64]:
+        """Dropout of each run; NaN where its network has no place for one; (R,)."""
+        return self._drop.probabilities
+
+    def set_dropout(self, values: npt.NDArray[np.float64]) -> None:
+        """Write the dropout of the runs that have one; (R,)."""
+        self._drop.write(values)
+
+    def resize(self, sizes: npt.NDArray[np.int64]) -> None:
+        """Take batches of these sizes from the next step on, in the middle of an epoch too; (R,).
+
+        With dropout the masks of a run then depend on the size of the largest batch beside it.
+
+        Raises:
+            InputError: A size is not between 1 and the run's train samples.
+        """
+        if sizes.shape != (self.n_runs,) or (sizes < 1).any() or (sizes > self.n_samples).any():
+            raise InputError(
+                f"batch sizes {sizes.tolist()}; expected one for each run, from 1 to its train samples "
+                f"{self.n_samples.tolist()}"
+            )
+        if (sizes == self._sizes).all():
+            return
+        self._sizes = sizes.astype(np.int64)
+        self._orders.resize(self._sizes)
+        inside = torch.arange(int(sizes.max())) < torch.from_numpy(self._sizes).unsqueeze(1)
+        shares = inside.to(self.parameters.dtype) / torch.from_numpy(self._sizes).unsqueeze(1)
+        self._shares = None if sizes.min() == sizes.max() else shares.to(self._device)
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -170,7 +213,8 @@ class BatchedTraining:
         inputs, targets = self._data["train"].take(rows)
         self._drop.steps_done = self.steps_done
         outputs = self._network.forward(self._views, inputs, self._drop if self._drop.is_needed else _keep)
-        losses = self._losses(outputs, targets).mean(1)
+        each = self._losses(outputs, targets)
+        losses = each.mean(1) if self._shares is None else (each * self._shares).sum(1)
         gradients = torch.autograd.grad(losses.sum(), self._views)
         torch.cat([gradient.flatten(1) for gradient in gradients], 1, out=self._gradient)
         return losses.detach()
@@ -265,9 +309,24 @@ class _Dropout:
     ) -> None:
         self.is_needed = any(network.dropout > 0 for network in networks)
         self.steps_done = 0
+        self._now = np.array([network.dropout if network.dropout > 0 else math.nan for network in networks])
         depth = max(len(network.hidden) for network in networks)
         self._parts = [self._of_layer(layer, networks, seeds, dtype, device) for layer in range(depth)]
         self._masks: dict[int, Tensor] = {}
+
+    @property
+    def probabilities(self) -> npt.NDArray[np.float64]:
+        """Of each run; NaN where it has none; (R,)."""
+        return self._now.copy()
+
+    def write(self, values: npt.NDArray[np.float64]) -> None:
+        """Other probabilities, for the runs that have one; (R,)."""
+        self._now = np.where(np.isnan(self._now), np.nan, values)
+        now = torch.from_numpy(self._now)
+        for layer, (runs, keep, seeds, seed_of) in enumerate(self._parts):
+            if len(runs):
+                new = (1 - now.to(runs.device)[runs]).to(keep).view(-1, 1, 1)
+                self._parts[layer] = (runs, new, seeds, seed_of)
 
     @staticmethod
     def _of_layer(
@@ -350,32 +409,84 @@ class _Orders:
     def __init__(self, counts: Sequence[int], seeds: Sequence[int], batch_size: int, device: torch.device) -> None:
         if min(counts) < batch_size:
             raise InputError(f"batch_size {batch_size} is more than the {min(counts)} train samples; make it smaller")
+        self.counts = np.array(counts, dtype=np.int64)
         self._batch_size = batch_size
         self._device = device
         keys = list(zip(seeds, counts, strict=True))
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        self._order_of = torch.tensor([numbers[key] for key in keys], device=device)
+        self._numbers = [numbers[key] for key in keys]
+        self._order_of = torch.tensor(self._numbers, device=device)
         self._counts = [count for _, count in numbers]
         self._generators = [torch_generator(seed, "data order") for seed, _ in numbers]
         # Batches that are left of each order's epoch; NumPy's slices cost a tenth of torch's.
         self._left = [np.zeros((0, batch_size), np.int64) for _ in numbers]
+        # The orders of each epoch that some run is still in or has not come to, by the epoch's number from 0.
+        self._epochs: list[dict[int, npt.NDArray[np.int64]]] = [{} for _ in numbers]
+        self._n_epochs = [0 for _ in numbers]
+        self._sizes: npt.NDArray[np.int64] | None = None  # of each run, once they have been changed
+        self._places: list[tuple[int, int]] = []  # then: the epoch of each run, and the samples it has had of it
+
+    def resize(self, sizes: npt.NDArray[np.int64]) -> None:
+        """Batches of these sizes from now on; (R,)."""
+        if self._sizes is None:
+            for number in self._numbers:
+                used = self._counts[number] // self._batch_size - len(self._left[number])
+                # Before the first order is drawn every run stands at the end of an epoch that there was not.
+                place = used * self._batch_size if self._n_epochs[number] else self._counts[number]
+                self._places.append((self._n_epochs[number] - 1, place))
+        self._sizes = sizes
 
     def next(self, n_steps: int) -> Tensor:
-        """Rows of the next batches; (n, R, B)."""
-        rows = np.stack([self._take(number, n_steps) for number in range(len(self._counts))], 1)
-        return torch.from_numpy(rows).to(self._device).index_select(1, self._order_of)
+        """Rows of the next batches; (n, R, B), padded with row 0 where sizes differ."""
+        if self._sizes is None:
+            rows = np.stack([self._take(number, n_steps) for number in range(len(self._counts))], 1)
+            return torch.from_numpy(rows).to(self._device).index_select(1, self._order_of)
+        rows = np.zeros((n_steps, len(self._numbers), int(self._sizes.max())), np.int64)
+        for run, size in enumerate(self._sizes):
+            rows[:, run, :size] = self._take_own(run, int(size), n_steps)
+        for number, known in enumerate(self._epochs):
+            oldest = min(place[0] for place, own in zip(self._places, self._numbers, strict=True) if own == number)
+            self._epochs[number] = {epoch: order for epoch, order in known.items() if epoch >= oldest}
+        return torch.from_numpy(rows).to(self._device)
+
+    def _draw(self, number: int) -> npt.NDArray[np.int64]:
+        """The order of the next epoch."""
+        order: npt.NDArray[np.int64] = torch.randperm(
+            self._counts[number], generator=self._generators[number]
+        ).numpy()  # fmt: skip
+        if self._sizes is None:
+            self._epochs[number].clear()
+        self._epochs[number][self._n_epochs[number]] = order
+        self._n_epochs[number] += 1
+        return order
 
     def _take(self, number: int, n_steps: int) -> npt.NDArray[np.int64]:
         """Batches of one order; (n, B)."""
         count, size = self._counts[number], self._batch_size
         parts, missing = [self._left[number]], n_steps - len(self._left[number])
         while missing > 0:
-            order = torch.randperm(count, generator=self._generators[number]).numpy()
+            order = self._draw(number)
             parts.append(order[: count // size * size].reshape(-1, size))
             missing -= len(parts[-1])
         batches = np.concatenate(parts)
         self._left[number] = batches[n_steps:]
         return batches[:n_steps]
+
+    def _take_own(self, run: int, size: int, n_steps: int) -> npt.NDArray[np.int64]:
+        """Batches of one run at its own place; (n, size)."""
+        number, parts = self._numbers[run], []
+        epoch, place = self._places[run]
+        while n_steps > 0:
+            whole = min(n_steps, (self._counts[number] - place) // size)
+            if whole:
+                parts.append(self._epochs[number][epoch][place : place + whole * size].reshape(whole, size))
+                place, n_steps = place + whole * size, n_steps - whole
+            if n_steps:
+                epoch, place = epoch + 1, 0
+                if epoch == self._n_epochs[number]:
+                    self._draw(number)
+        self._places[run] = (epoch, place)
+        return np.concatenate(parts)
 
 
 def hashed_uniform(seeds: Tensor, count: int, shape: Sequence[int]) -> Tensor:

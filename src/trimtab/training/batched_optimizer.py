@@ -48,6 +48,7 @@ class BatchedOptimizer:
 
         self._parameters = parameters
         self._segments = segments(names)
+        self._is_sgd = torch.tensor([name == "sgd" for name in names], device=parameters.device).unsqueeze(1)
         self._momentum = column(momentum)
         self._beta1, self._beta2 = (column([pair[i] for pair in betas], torch.float64) for i in (0, 1))
         self._rest1, self._rest2 = (column([1 - pair[i] for pair in betas]) for i in (0, 1))
@@ -63,6 +64,31 @@ class BatchedOptimizer:
     def look_at_decay(self) -> None:
         """Say after a change of `weight_decay`: runs that decay nothing are spared the arithmetic."""
         self._has_decay = bool((self.weight_decay != 0).any())
+
+    @property
+    def momentum(self) -> Tensor:
+        """Momentum of the runs of SGD, beta1 of the others; (R, 1), double precision."""
+        return torch.where(self._is_sgd, self._momentum.double(), self._beta1)
+
+    @torch.no_grad()
+    def set_momentum(self, values: Tensor) -> None:
+        """Write it, and do to the moments what the knob of a single run does to them.
+
+        Adam's first moment is scaled so that its bias-corrected value stays; SGD's buffer begins anew where the
+        momentum rises from 0.
+
+        Args:
+            values: (R, 1), double precision.
+        """
+        old = self.momentum
+        corrected = (1 - values**self.steps) / (1 - old**self.steps)
+        scale = torch.where(self._is_sgd, (old != 0).double(), torch.where(self.steps > 0, corrected, 1.0))
+        scale = torch.where(values == old, 1.0, scale)
+        if bool((scale != 1).any()):
+            self.moments[0].mul_(scale.to(self.moments))
+        self._momentum = torch.where(self._is_sgd, values.to(self._momentum), self._momentum)
+        self._beta1 = torch.where(self._is_sgd, self._beta1, values)
+        self._rest1 = (1 - self._beta1).to(self._rest1)
 
     @torch.no_grad()
     def plan(self, factors: Sequence[float]) -> None:

@@ -23,7 +23,9 @@ EVAL_BATCH = 128  # samples; larger ones cost convolutions up to twice the time 
 class Batches(Protocol):
     """A stream of train batches without an end."""
 
-    epoch_samples: float  # samples (or windows) in one pass over the data
+    epoch_samples: float  # samples (or windows) in one pass over the data, at the batch size it began with
+    batch_size: int  # of the next micro-batch; may be written at any time, at most `n_samples`
+    n_samples: int  # the largest batch there can be
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the next micro-batch."""
@@ -38,6 +40,8 @@ class Batches(Protocol):
 class EpochBatches:
     """Every sample at most once an epoch, in an order drawn anew for each; an incomplete batch is left out.
 
+    `batch_size` may change in the middle of an epoch: none comes twice, and fewer than a batch are left out.
+
     Args:
         split: Train split, on the device of the run.
         batch_size: Samples in a batch.
@@ -49,9 +53,9 @@ class EpochBatches:
 
     def __init__(self, split: Split, batch_size: int, generator: torch.Generator) -> None:
         self._split = split
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._generator = generator
-        self._n = len(split.inputs)
+        self._n = self.n_samples = len(split.inputs)
         if self._n < batch_size:
             raise InputError(f"batch_size {batch_size} is more than the {self._n} train samples; make it smaller")
         self.epoch_samples = float(self._n // batch_size * batch_size)
@@ -60,12 +64,13 @@ class EpochBatches:
 
     def next(self) -> tuple[Tensor, Tensor]:
         """(B, ...) inputs and (B,) targets."""
-        end = self._position + self._batch_size
+        size = self.batch_size
+        end = self._position + size
         if end > self._n:
             order = torch.randperm(self._n, generator=self._generator)
             self._order = order.to(self._split.inputs.device, non_blocking=True)  # else it waits for the device
-            end = self._batch_size
-        rows = self._order[end - self._batch_size : end]
+            end = size
+        rows = self._order[end - size : end]
         self._position = end
         return self._split.inputs.index_select(0, rows), self._split.targets.index_select(0, rows)
 
@@ -106,15 +111,15 @@ class WindowBatches:
     def __init__(self, tokens: Tensor, block_size: int, batch_size: int, generator: torch.Generator) -> None:
         _check_length(tokens, block_size)
         self._tokens = tokens
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._generator = generator
-        self._n_places = len(tokens) - block_size
+        self._n_places = self.n_samples = len(tokens) - block_size
         self._offsets = torch.arange(block_size + 1, device=tokens.device)
         self.epoch_samples = len(tokens) / block_size
 
     def next(self) -> tuple[Tensor, Tensor]:
         """(B, T) tokens and the (B, T) tokens that follow them, int64."""
-        places = torch.randint(self._n_places, (self._batch_size,), generator=self._generator)
+        places = torch.randint(self._n_places, (self.batch_size,), generator=self._generator)
         return _windows(self._tokens, places.to(self._tokens.device, non_blocking=True), self._offsets)
 
     def state_dict(self) -> dict[str, Any]:

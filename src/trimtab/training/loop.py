@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from trimtab.errors import InputError, unknown_name
+from trimtab.out_of_memory import count_rows, free_memory, half_of, split_batch
+from trimtab.places import dropout_places
 from trimtab.seeding import derive_seed, scoped_global_rng, torch_generator
 from trimtab.tasks.base import Data, Split, Task
 from trimtab.training.batches import Batches, EpochBatches, WindowBatches, fixed_batches, fixed_windows
@@ -31,6 +33,7 @@ __all__ = ["TrainingLoop", "make_optimizer"]
 
 _PRECISIONS = ("auto", "bf16", "float32")
 _SPLITS = ("test", "train", "val")
+_SETTINGS = ("accumulation", "batch_size", "grad_clip", "max_batch_size")  # what may differ from the task's
 
 
 class TrainingLoop:
@@ -49,6 +52,10 @@ class TrainingLoop:
         precision: What "auto" came to.
         steps_done: Optimizer steps taken.
         samples_seen: Samples (or windows) trained on.
+        accumulation: Micro-batches averaged into one optimizer step; may be written between steps, as may
+            `grad_clip` and, through `resize`, `batch_size`.
+        grad_clip: Largest norm of the gradient; None leaves it alone.
+        max_batch_size: What memory was found to hold; None where it never ran out.
         test_reads: How often the test split was evaluated.
 
     Raises:
@@ -63,6 +70,9 @@ class TrainingLoop:
         self.steps_done = 0
         self.samples_seen = 0
         self.test_reads = 0
+        self.accumulation = task.accumulation
+        self.grad_clip = task.grad_clip
+        self.max_batch_size: int | None = None
         self._splits = {"train": data.train, "val": data.val, "test": data.test}
         for name, split in self._splits.items():
             self._splits[name] = Split(split.inputs.to(self.device), split.targets.to(self.device))
@@ -74,7 +84,7 @@ class TrainingLoop:
         self.optimizer = make_optimizer(task, self.model, is_fused=self.device.type == "cuda")
         self._batches = self._make_batches(seed)
         self._dropout_states = _generator_states(derive_seed(seed, "dropout"), self.device)
-        self._dropout_places = [place for module in self.model.modules() for place in _dropout_place(module)]
+        self._dropout_places = dropout_places(self.model)
 
     def _make_batches(self, seed: int) -> Batches:
         generator = torch_generator(seed, "data order")
@@ -96,7 +106,28 @@ class TrainingLoop:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the train split, rounded up."""
-        return math.ceil(self._batches.epoch_samples / (self.task.batch_size * self.task.accumulation))
+        return math.ceil(self._batches.epoch_samples / (self.batch_size * self.accumulation))
+
+    @property
+    def batch_size(self) -> int:
+        """Samples (or windows) in the next micro-batch."""
+        return self._batches.batch_size
+
+    @property
+    def n_samples(self) -> int:
+        """The largest batch that the train split can give."""
+        return self._batches.n_samples
+
+    def resize(self, batch_size: int) -> None:
+        """Take micro-batches of this size from the next step on, in the middle of an epoch too.
+
+        Raises:
+            InputError: It is no whole number from 1 to the number of samples, or more than memory was found to hold.
+        """
+        most = self.n_samples if self.max_batch_size is None else min(self.n_samples, self.max_batch_size)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= most:
+            raise InputError(f"batch_size is {batch_size!r}; expected a whole number from 1 to {most}")
+        self._batches.batch_size = batch_size
 
     def is_over(self) -> bool:
         """Whether the budget is used up."""
@@ -105,35 +136,77 @@ class TrainingLoop:
     def step(self) -> Tensor:
         """One optimizer step; gradients stay readable until the next.
 
+        Where memory runs out, the same samples are put through in micro-batches of half the size, and half is the
+        largest batch size from then on.
+
         Returns:
             Mean loss of its micro-batches, 0-dim, detached, on the device; nothing waits for the device.
+
+        Raises:
+            torch.OutOfMemoryError: A single sample does not fit.
         """
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        self._clear_gradients()
         if any(getattr(module, name) > 0 for module, name in self._dropout_places):
             with scoped_global_rng(self._dropout_states, self.device):
                 loss = self._gradients()
         else:
             loss = self._gradients()
-        if self.task.grad_clip is not None:
-            clip_grad_norm_(self.model.parameters(), self.task.grad_clip)
+        if self.grad_clip is not None:
+            clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()
         self.steps_done += 1
-        self.samples_seen += self.task.batch_size * self.task.accumulation
         return loss
+
+    def _clear_gradients(self) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _gradients(self) -> Tensor:
         """Gradients of the mean loss over the step's micro-batches, and that loss."""
-        count = self.task.accumulation
-        losses = []
-        for _ in range(count):
-            inputs, targets = self._batches.next()
-            with self._autocast():
-                loss = self.task.loss(self.model(inputs), targets)
-            (loss if count == 1 else loss / count).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
+        count, size = self.accumulation, self.batch_size
+        taken: list[tuple[Tensor, Tensor]] = []
+        losses: list[Tensor] = []
+        is_held = False
+        try:
+            for _ in range(count):
+                taken.append(self._batches.next())
+                losses.append(self._backward(taken[-1], count))
+            is_held = True
+        except torch.OutOfMemoryError:
+            if size < 2:
+                raise
+        self.samples_seen += size * count
+        if not is_held:  # outside of the handler: the error holds what filled the memory
+            taken += [self._batches.next() for _ in range(count - len(taken))]
+            return self._in_parts(taken)
         return losses[0] if count == 1 else torch.stack(losses).mean()
+
+    def _backward(self, batch: tuple[Tensor, Tensor], divisor: float) -> Tensor:
+        """Add the gradients of the loss / divisor; the loss itself, detached."""
+        inputs, targets = batch
+        with self._autocast():
+            loss = self.task.loss(self.model(inputs), targets)
+        (loss if divisor == 1 else loss / divisor).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _in_parts(self, taken: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The same gradients and loss from smaller micro-batches, after memory ran out."""
+        total = sum(map(count_rows, taken))
+        while True:
+            size = self.max_batch_size = half_of(self.batch_size, self.max_batch_size)
+            self._batches.batch_size = size
+            self._clear_gradients()
+            free_memory()
+            parts = [part for batch in taken for part in split_batch(batch, size)]
+            shares = [count_rows(part) / total for part in parts]
+            try:
+                losses = [self._backward(part, 1 / share) for part, share in zip(parts, shares, strict=True)]
+            except torch.OutOfMemoryError:
+                if size < 2:
+                    raise
+                continue
+            return torch.stack([loss * share for loss, share in zip(losses, shares, strict=True)]).sum()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":
@@ -203,6 +276,7 @@ class TrainingLoop:
             "optimizer": self.optimizer.state_dict(),
             "batches": self._batches.state_dict(),
             "dropout": self._dropout_states,
+            "settings": {name: getattr(self, name) for name in _SETTINGS},
         })  # fmt: skip
         return state
 
@@ -227,6 +301,9 @@ class TrainingLoop:
             raise InputError(f"the state does not fit the model of task {self.task.name!r}: {error}") from error
         self._batches.load_state_dict(state["batches"])
         self._dropout_states = state["dropout"]
+        settings = state["settings"]
+        self.accumulation, self.grad_clip = settings["accumulation"], settings["grad_clip"]
+        self.max_batch_size, self._batches.batch_size = settings["max_batch_size"], settings["batch_size"]
         self.steps_done = state["steps_done"]
         self.samples_seen = state["samples_seen"]
         self.test_reads = state["test_reads"]
@@ -292,13 +369,6 @@ def _generator_states(seed: int, device: torch.device) -> list[Tensor]:
     if device.type == "cuda":
         states.append(torch.Generator(device).manual_seed(seed).get_state())
     return states
-
-
-def _dropout_place(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where a module keeps a dropout probability: `p` of a dropout, a number `dropout` of an LSTM."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return [(module, "p")]
-    return [(module, "dropout")] if isinstance(getattr(module, "dropout", None), (int, float)) else []
 
 
 def _scores(table: Tensor) -> dict[str, float]:

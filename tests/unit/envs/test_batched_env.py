@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import gymnasium
@@ -207,7 +208,16 @@ def test_validation_is_not_reported_by_those_that_have_none() -> None:
         ({"horizon": (20, 60)}, "horizon is (20, 60); expected two numbers in order, 50 or more"),
         ({"initial_lr": (1e-1, 1e-5)}, "initial_lr is (0.1, 1e-05)"),
         ({"no_validation": 0.8, "some_validation": 0.3}, "expected shares of 1"),
-        ({"spec": ControlSpec(knobs=("weight_decay",))}, "batches of runs have ('lr',) or ('lr', 'weight_decay')"),
+        ({"spec": ControlSpec(knobs=("weight_decay",))}, "batches of runs need 'lr' among them"),
+        (
+            {"spec": ControlSpec(knobs=("lr", "optimizer"))},
+            "the knob 'optimizer' is not known to batches of runs, which have lr, weight_decay, momentum, dropout,",
+        ),
+        ({"spec": ControlSpec(turns=True, masks=True)}, "turns and masks together are not known to batches of runs"),
+        (
+            {"spec": ControlSpec(("lr", "batch_size"), {"batch_size": {"rate_scaling": "sqrt"}})},
+            "rate_scaling of the knob 'batch_size' is not known to batches of runs",
+        ),
         ({"spec": ControlSpec(knob_options={"lr": {"hold_decay": True}})}, "hold_decay=True of the knob 'lr'"),
         ({"spec": ControlSpec(reward="accuracy_improvement")}, "batches of runs report no accuracy"),
     ],
@@ -248,3 +258,29 @@ def test_discrete_actions_and_two_knobs() -> None:
     assert env.step(np.array([[0, 1], [1, 1], [2, 1], [1, 0]]))[4]["lr"].tolist() == pytest.approx(
         (lr * [0.5, 1, 2, 1]).tolist()
     )
+
+
+def test_knobs_that_some_runs_have_not_are_refused_or_masked() -> None:
+    spec = ControlSpec(
+        knobs=("lr", "momentum", "dropout", "batch_size"),
+        actions=Actions("multiply", factors=(0.5, 1.0, 2.0)),
+        timing=default_spec().timing,
+        signals=("dropout_unit", "batch_size_unit"),
+    )
+    with pytest.raises(InputError, match="the knob 'dropout' cannot act on a run of the family 'quadratic': its netwo"):
+        make(4, ("quadratic",), spec=spec).reset(seed=0)
+    env = make(8, ("mlp",), spec=dataclasses.replace(spec, masks=True), runs_per_task=1)
+    _, infos = env.reset(seed=0)
+    before = {name: infos[name].copy() for name in spec.knobs}
+    is_masked = np.isnan(before["dropout"])
+    assert 0 < is_masked.sum() < 8
+    assert (before["batch_size"] == before["batch_size"].astype(int)).all()
+    observation, *_, infos = env.step(np.full((8, 4), 2))
+    assert np.array_equal(np.isnan(infos["dropout"]), is_masked)
+    assert (observation[is_masked, 0] == 0).all()
+    went = ~infos["rolled_back"]
+    assert infos["batch_size"][went].tolist() == np.minimum(2 * before["batch_size"], 128)[went].tolist()
+    raised = 1 - (1 - before["momentum"]) / 2
+    np.testing.assert_allclose(infos["momentum"][went], np.minimum(raised, 0.999)[went], atol=1e-7)
+    raised = np.minimum(before["dropout"] + 0.6 * np.log10(2), 0.7)
+    np.testing.assert_allclose(infos["dropout"][went], raised[went], rtol=1e-12)

@@ -254,3 +254,25 @@ def test_bad_calls_are_refused() -> None:
     before = weights(factors)
     factors.step(2)  # a wrong action was no step
     assert not torch.equal(before, weights(factors))
+
+
+def test_knobs_of_every_kind_and_those_that_the_task_has_not() -> None:
+    spec = ControlSpec(
+        knobs=("lr", "optimizer", "batch_size", "accumulation", "dropout"),
+        actions=Actions("multiply", factors=(0.5, 1.0, 2.0)),
+        timing=Timing(every=5),
+        masks=True,
+    )
+    env = make(spec=spec)
+    assert env.action_space == gymnasium.spaces.MultiDiscrete([3] * 5)
+    _, infos = env.reset(seed=0)
+    assert infos["masked"] == ["dropout"]
+    assert "dropout" not in infos
+    before = infos
+    *_, infos = env.step(np.array([1, 2, 2, 2, 2]))
+    assert infos["optimizer"] == before["optimizer"] + 1
+    assert (infos["batch_size"], infos["accumulation"]) == (2 * before["batch_size"], 2 * before["accumulation"])
+    for _ in range(3):
+        *_, infos = env.step(np.array([1, 0, 1, 1, 1]))
+    assert infos["optimizer"] == 0.0
+    assert np.isfinite(infos["val_loss"])
