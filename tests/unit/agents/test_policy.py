@@ -25,7 +25,7 @@ def scattered(agent: PolicyAgent, seed: int = 0) -> PolicyAgent:
     """The agent with weights of size 1, so that every move has its turn."""
     rng = np.random.default_rng(seed)
     state = agent.state_dict()
-    for key in set(state) - {"rng"}:
+    for key in sorted(set(state) - {"rng"}):
         state[key] = torch.from_numpy(rng.normal(size=tuple(state[key].shape)))
     agent.load_state_dict(state)
     return agent
