@@ -175,7 +175,7 @@ def test_several_knobs_act_here_as_under_a_controller(turns: bool, monkeypatch: 
         observation, *_, infos = env.step(row)
         seen.append(observation)
         is_cut |= infos["rolled_back"]
-    n_compared = 0
+    n_compared, sizes = 0, []
     for batch in draw_episode(env.options, 6, spec.timing, derive_seed(8, "episode", 0, "of runs")):
         for task, group, seed, lr in zip(batch.tasks, batch.groups, batch.seeds, batch.lr, strict=True):
             place = 2 * group + [r for r, g in zip(batch.lr, batch.groups, strict=True) if g == group].index(lr)
@@ -192,6 +192,8 @@ def test_several_knobs_act_here_as_under_a_controller(turns: bool, monkeypatch: 
                 controller.step(loss, loop.evaluate("val")["loss"] if controller.is_due else None)
             mine = np.array([*puppet.seen[1:], controller.last_observation])
             np.testing.assert_allclose(mine, np.stack([row[place] for row in seen]), atol=1e-7, rtol=1e-7)
-            assert len({round(x, 9) for x in mine[:, len(plain.signals) + 1]}) >= 3  # the batch size did change
+            sizes.append(len({round(x, 9) for x in mine[:, len(plain.signals) + 1]}))
             n_compared += 1
     assert n_compared >= 2
+    assert min(sizes) >= 2  # the batch size did change, in every run
+    assert max(sizes) >= 3
