@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from typing_extensions import override
 
 from trimtab.errors import InputError, unknown_name
 from trimtab.run_state import Array, RunState
 
-__all__ = ["CategoricalKnob", "Knob"]
+__all__ = ["CategoricalKnob", "Knob", "SpreadKnob"]
 
 Scale = Literal["log", "linear", "reverse_log", "categorical"]
 
@@ -237,3 +238,27 @@ class CategoricalKnob(Knob):
         super().__init__(0, len(choices) - 1)
         self.choices = tuple(choices)
         self.below = float(len(choices))
+
+
+class SpreadKnob(Knob):
+    """A value that acts in several places, which move together.
+
+    The knob's value is that of one of them, the reference; what becomes of the others is the subclass's to say. It
+    remembers what stood in each at first, and what it wrote there last.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__(low, high)
+        self._initial: list[float] = []
+        self._written: list[float] = []
+        self._reference = 0
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"initial": list(self._initial), "written": list(self._written), "reference": self._reference}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._initial = list(state["initial"])
+        self._written = list(state["written"])
+        self._reference = state["reference"]

@@ -5,14 +5,12 @@ Called through the registry.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from torch import nn
 from typing_extensions import override
 
 from trimtab.errors import InputError
-from trimtab.knobs.base import Knob
+from trimtab.knobs.base import SpreadKnob
 from trimtab.places import dropout_places
 from trimtab.run_state import Array, RunState
 
@@ -21,7 +19,7 @@ __all__ = ["Dropout"]
 _MOST = 0.95  # of a place that has more than the reference; at 1 nothing would get through
 
 
-class Dropout(Knob):
+class Dropout(SpreadKnob):
     """Probability of every dropout in the model: modules, recurrent layers, attention, and functional ones.
 
     A module that calls `F.dropout` or `F.scaled_dot_product_attention` itself is reached through a number that it keeps
@@ -41,9 +39,6 @@ class Dropout(Knob):
     def __init__(self, low: float = 0.1, high: float = 0.7) -> None:
         super().__init__(low, high)
         self._places: list[tuple[nn.Module, str]] = []
-        self._initial: list[float] = []
-        self._written: list[float] = []
-        self._reference = 0
 
     @override
     def bind(self, state: RunState) -> Array:
@@ -88,13 +83,3 @@ class Dropout(Knob):
             if present != written:
                 return f"{type(module).__name__}.{name} is {present!r} where {written:g} was written"
         return None
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"initial": list(self._initial), "written": list(self._written), "reference": self._reference}
-
-    @override
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._initial = list(state["initial"])
-        self._written = list(state["written"])
-        self._reference = state["reference"]

@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
 from trimtab.errors import InputError
-from trimtab.knobs.base import Knob
+from trimtab.knobs.base import SpreadKnob
 from trimtab.run_state import Array, RunState
 
 __all__ = ["Beta2", "Momentum", "get_momentum", "set_momentum"]
@@ -39,16 +39,15 @@ def get_momentum(optimizer: Optimizer, group: dict[str, Any]) -> Any:
     return group[key] if index is None else group[key][index]
 
 
-def set_momentum(optimizer: Optimizer, group: dict[str, Any], value: float) -> None:
+def set_momentum(group: dict[str, Any], value: float) -> None:
     """Write the momentum of a group to where it acts, and to where it would under another algorithm."""
-    del optimizer
     if "momentum" in group:
         group["momentum"] = value
     if "betas" in group:
         group["betas"] = (value, *group["betas"][1:])
 
 
-class _MemoryKnob(Knob):
+class _MemoryKnob(SpreadKnob):
     """A number in [0, 1) of every param group.
 
     The knob's value is that of the first group that has a positive one. Other groups keep the ratio of their 1 - x to
@@ -58,12 +57,6 @@ class _MemoryKnob(Knob):
     scale = "reverse_log"
     below = 1.0
     what: ClassVar[str]
-
-    def __init__(self, low: float, high: float) -> None:
-        super().__init__(low, high)
-        self._initial: list[float] = []
-        self._written: list[float] = []
-        self._reference = 0
 
     @abstractmethod
     def _get(self, optimizer: Optimizer, group: dict[str, Any]) -> Any:
@@ -129,16 +122,6 @@ class _MemoryKnob(Knob):
                 return f"param group {index} has the {self.what} {present!r} where {written:g} was written"
         return None
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"initial": list(self._initial), "written": list(self._written), "reference": self._reference}
-
-    @override
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._initial = list(state["initial"])
-        self._written = list(state["written"])
-        self._reference = state["reference"]
-
     @torch.no_grad()
     def _keep_moment(self, optimizer: Optimizer, group: dict[str, Any], key: str, old: float, new: float) -> None:
         """Scale a moment so that what bias correction makes of it, moment / (1 - beta^steps), stays as it is."""
@@ -183,7 +166,7 @@ class Momentum(_MemoryKnob):
             for parameter in group["params"]:  # what torch left there while nothing was added to it
                 if optimizer.state.get(parameter, {}).pop("momentum_buffer", None) is not None:
                     self.has_touched_state = True
-        set_momentum(optimizer, group, value)
+        set_momentum(group, value)
 
 
 class Beta2(_MemoryKnob):

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from trimtab.errors import InputError
-from trimtab.knobs.base import Knob
+from trimtab.knobs.base import SpreadKnob
 from trimtab.run_state import Array, RunState
 
 __all__ = ["LearningRate", "WeightDecay"]
@@ -33,16 +33,13 @@ def _setting(value: Any, what: str) -> float:
     return number
 
 
-class _GroupKnob(Knob):
+class _GroupKnob(SpreadKnob):
     """A value under one key of every param group."""
 
     key: ClassVar[str]
 
     def __init__(self, low: float, high: float) -> None:
         super().__init__(low, high)
-        self._initial: list[float] = []
-        self._written: list[float] = []
-        self._reference = 0
         self._seen: dict[int, tuple[Tensor, int]] = {}  # tensor values, and their count of writes after ours
 
     def bind(self, state: RunState) -> Array:
@@ -120,14 +117,6 @@ class _GroupKnob(Knob):
             return False
         self._seen[index] = (present, present._version)
         return True
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"initial": list(self._initial), "written": list(self._written), "reference": self._reference}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._initial = list(state["initial"])
-        self._written = list(state["written"])
-        self._reference = state["reference"]
 
 
 class LearningRate(_GroupKnob):

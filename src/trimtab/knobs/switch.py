@@ -174,7 +174,7 @@ class OptimizerChoice(CategoricalKnob):
         # Not where a state was loaded, which is of the new algorithm already: what was measured belongs to it.
         is_live = name == "sgd" and any("exp_avg" in entry for entry in optimizer.state.values())
         for group, momentum in zip(optimizer.param_groups, old, strict=True):
-            set_momentum(optimizer, group, momentum)
+            set_momentum(group, momentum)
             for parameter in group["params"]:
                 convert = _to_sgd if name == "sgd" else self._to_adam
                 convert(optimizer, group, parameter, momentum)
