@@ -73,7 +73,9 @@ class ValidatePart(Strict):
         families: Families by which the choice is made; None for those that are trained on.
         held_out: Families that are never trained on, shown beside and not chosen by.
         num_envs: Runs in each family and episode.
-        episodes: Episodes in each family.
+        episodes: Episodes in each family, at every look.
+        choose_episodes: The same where the choice is made; None for as many. A few dozen tasks cannot tell agents
+            apart that differ by less than a tenth.
         runs_per_task: Runs of each task, which differ in their initial rate.
     """
 
@@ -82,6 +84,7 @@ class ValidatePart(Strict):
     held_out: tuple[Text, ...] = ()
     num_envs: Count = 32
     episodes: Count = 4
+    choose_episodes: Count | None = None
     runs_per_task: Count = 4
 
 

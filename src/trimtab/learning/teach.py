@@ -78,13 +78,17 @@ def _validation_seed(root_seed: int, tasks: str) -> int:
     return derive_seed(root_seed, "validation", tasks)
 
 
-def _episodes(recipe: Recipe, root_seed: int, tasks: str) -> Episodes:
+def _n_episodes(recipe: Recipe, tasks: str) -> int:
     part = recipe.validate_on
+    return part.choose_episodes or part.episodes if tasks == CHOOSING else part.episodes
+
+
+def _episodes(recipe: Recipe, root_seed: int, tasks: str) -> Episodes:
     return plan_episodes(
         make_spec(recipe),
         validation_options(recipe),
-        num_envs=part.num_envs,
-        episodes=part.episodes,
+        num_envs=recipe.validate_on.num_envs,
+        episodes=_n_episodes(recipe, tasks),
         seed=_validation_seed(root_seed, tasks),
     )
 
@@ -96,7 +100,7 @@ def _validate(recipe: Recipe, agent: Agent, root_seed: int, tasks: str, folder: 
         make_spec(recipe),
         validation_options(recipe),
         num_envs=recipe.validate_on.num_envs,
-        episodes=recipe.validate_on.episodes,
+        episodes=_n_episodes(recipe, tasks),
         seed=_validation_seed(root_seed, tasks),
         cache=rivals_folder(folder),
     )

@@ -116,6 +116,14 @@ def test_the_choice_is_the_lowest_on_tasks_that_no_learner_was_watched_on(made):
     assert watched != rows["seed-0-last"]["criterion"]
 
 
+def test_more_tasks_for_the_choice_than_for_a_look(tmp_path):
+    path = write(tmp_path, validate={"choose_episodes": 3}, iterations=1, seeds=1, choose="best")
+    out = learn(path, tmp_path / "out", workers=0).out
+    looked = read_json(out / "seed-0" / "result.json")["last"]["families"]["quadratic"]
+    judged = read_json(out / "candidates" / "seed-0-last.json")["families"]["quadratic"]
+    assert (looked["n_tasks"], judged["n_tasks"]) == (1, 3)
+
+
 def test_the_ensemble_acts_with_the_mean_of_its_members(made):
     rows = read_json(made / "candidates" / "ensemble.json")
     agent = teach.load_candidate(load_recipe(made.parent / "tiny.yaml"), made, rows["brains"])
