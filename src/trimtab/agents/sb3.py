@@ -64,7 +64,7 @@ class _Options:
             if not fits or not low <= value < math.inf:
                 expected = "a whole number of 1 or more" if kind is int else "a number of 0 or more"
                 raise InputError(f"learner's option {item.name} is {value!r}; expected {expected}")
-            if value > 1 and item.name in ("gamma", "gae_lambda", "epsilon", "epsilon_end"):
+            if value > 1 and item.name in ("gamma", "gae_lambda", "epsilon", "epsilon_end", "cooldown"):
                 raise InputError(f"learner's option {item.name} is {value!r}; expected a number in [0, 1]")
 
     def between(self, first: float, last: float, iteration: int) -> float:
@@ -84,6 +84,8 @@ class PPOOptions(_Options):
         entropy_end: And in the last.
         value_weight: Weight of the value loss.
         max_grad_norm: Gradients are shortened to this norm.
+        cooldown: Share of the iterations, the last ones, in which exploration stays at its last value and Adam's rate
+            falls in a straight line towards 0.
     """
 
     # An episode costs a hundred times what an update does: as many updates as the clip allows.
@@ -95,6 +97,21 @@ class PPOOptions(_Options):
     entropy_end: float = 0.002
     value_weight: float = 0.5
     max_grad_norm: float = 0.5
+    cooldown: float = 0.0
+
+    @property
+    def n_warm(self) -> int:
+        """Iterations before the cooldown."""
+        return self.iterations - round(self.cooldown * self.iterations)
+
+    @override
+    def between(self, first: float, last: float, iteration: int) -> float:
+        return first + (last - first) * min(1.0, iteration / max(1, self.n_warm - 1))
+
+    def learning_rate_at(self, iteration: int) -> float:
+        """Adam's rate in an iteration, counted from 0; after the last it is that of the last."""
+        n_left = self.iterations - min(iteration, self.iterations - 1)
+        return self.learning_rate * min(1.0, n_left / (self.iterations - self.n_warm + 1))
 
 
 @dataclass(frozen=True)
@@ -299,6 +316,8 @@ class PPOTrainer(Trainer):
     @override
     def _prepare(self, n_runs: int, n_decisions: int, iteration: int) -> None:
         model, total = self.model, n_runs * n_decisions
+        rate = self.options.learning_rate_at(iteration)
+        model.lr_schedule = lambda _: rate
         model.ent_coef = self.options.between(self.options.entropy, self.options.entropy_end, iteration)
         # Equal minibatches: its own division would leave a small one at the end, as heavy as the others.
         model.batch_size = math.ceil(total / max(1, round(total / self.options.batch_size)))

@@ -132,6 +132,18 @@ def test_they_learn_to_bring_the_rate_to_its_place(
     assert off_by(learner.agent(), envs) < bound
 
 
+def test_in_the_cooldown_the_rate_falls_and_exploration_stays() -> None:
+    learner, envs = make("ppo", iterations=5, cooldown=0.4, learning_rate=0.01, entropy=0.3, entropy_end=0.1)
+    rates, bonuses = [], []
+    for _ in range(6):
+        learner.iterate(envs)
+        model = learner._trainer.model
+        rates.append(model.policy.optimizer.param_groups[0]["lr"])
+        bonuses.append(model.ent_coef)
+    np.testing.assert_allclose(rates, [0.01, 0.01, 0.01, 0.02 / 3, 0.01 / 3, 0.01 / 3], rtol=1e-12)
+    np.testing.assert_allclose(bonuses, [0.3, 0.2, 0.1, 0.1, 0.1, 0.1], rtol=1e-12)
+
+
 def test_the_residual_is_taught_as_it_acts() -> None:
     spec = spec_of("ppo", residual="uwhg")
     learner = make_learner("ppo", spec, seed=1, options={"residual": "uwhg", **QUICK["ppo"]})
