@@ -31,6 +31,8 @@ class Decision:
         written: Value written: the setting times the base schedule's factor now.
         read_back: Value read from where it acts, after writing.
         note: Why, in words, where there is more to say.
+        cost: Of a move that changed the network: FLOPs of a training step and parameters, before and after (keys of
+            `Knob.cost`); None of any other.
     """
 
     index: int
@@ -44,10 +46,12 @@ class Decision:
     written: float
     read_back: float
     note: str = ""
+    cost: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dict of JSON types."""
-        return asdict(self)
+        """Plain dict of JSON types; without `cost` where there is none."""
+        data = asdict(self)
+        return data if self.cost is not None else {key: value for key, value in data.items() if key != "cost"}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Decision:
