@@ -17,6 +17,7 @@ import numpy.typing as npt
 from trimtab.errors import ConflictError, InputError, warn
 from trimtab.knobs.base import CategoricalKnob, Knob
 from trimtab.knobs.optimizer import LearningRate
+from trimtab.knobs.structure import StructuralKnob
 from trimtab.records import Decision
 from trimtab.run_state import RunState
 from trimtab.safety import Gate
@@ -122,6 +123,28 @@ class Hand:
             knob.has_touched_state = False
         return bool(touched)
 
+    @property
+    def has_reshaped(self) -> bool:
+        """Whether a knob has put other parameters into the model since `take_touched` was asked last."""
+        return any(knob.has_touched_state and knob.changes_shape for knob in self._knobs)
+
+    @property
+    def plan(self) -> list[dict[str, Any]]:
+        """Every change of the model's shape so far, for `trimtab.surgery.replay`."""
+        structure = self._state.structure
+        return [] if structure is None else list(structure.surgeon.plan)
+
+    def reshape(self, plan: list[dict[str, Any]]) -> None:
+        """Give the model the shape that a plan leads to; its weights are of no use then."""
+        if plan == self.plan:
+            return
+        self._state.structure.surgeon.follow(plan)
+        for column in self._order:
+            knob = self._knobs[column]
+            if isinstance(knob, StructuralKnob):
+                self.settings[column] = knob.adopt(self._state)
+                self._note(column)
+
     def take_in_forced(self, index: int, step: int) -> None:
         """Record where a knob's place fell back to another value by itself, and move what follows it."""
         for column in self._order:
@@ -190,6 +213,9 @@ class Hand:
         )
         if granted != present and not knob.low <= granted <= knob.high:
             granted, note = min(max(granted, knob.low), knob.high), f"bounds [{knob.low:g}, {knob.high:g}]"
+        if granted != present and knob.changes_shape:
+            granted, why = knob.reach(self._state, present, float(round(granted)))
+            note = why or note
         return (float(round(granted)) if knob.is_whole else granted), note
 
     def _follow(self, knob: Knob, factors: Mapping[str, float], index: int, step: int) -> None:
@@ -244,8 +270,9 @@ class Hand:
         written = setting * self._factor(column, step)
         knob.put(state, written)
         read_back = knob.get(state)
+        cost = knob.cost if knob.changes_shape else None
         self.decisions.append(
-            Decision(index, step, knob.name, source, action, before, asked, setting, written, read_back, note)
+            Decision(index, step, knob.name, source, action, before, asked, setting, written, read_back, note, cost)
         )
 
     def follow_base(self, step: int) -> bool:
@@ -316,12 +343,21 @@ class Hand:
             "decisions": [decision.to_json() for decision in self.decisions],
         }
 
+    def load_shape(self, state: Mapping[str, Any]) -> None:
+        """Give the model the shape of a state of this hand, which all else is put back into; no knob takes it in."""
+        for knob in self._knobs:
+            shape = state["knobs"][knob.name].get("shape") if knob.changes_shape else None
+            if shape is not None and self._state.structure is not None:
+                self._state.structure.surgeon.load_state_dict(shape)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`; `write_all` makes it act."""
         self.settings = list(state["settings"])
         self._last_change = state["last_change"]
-        for knob in self._knobs:
+        for column, knob in enumerate(self._knobs):
             knob.load_state_dict(state["knobs"][knob.name])
+            if column in self._order:
+                knob.reshape(self._state)
         self.decisions = [Decision.from_json(row) for row in state["decisions"]]
 
 

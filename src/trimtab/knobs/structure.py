@@ -29,6 +29,7 @@ from trimtab.surgery import Group, Surgeon
 __all__ = ["Layers", "StructuralKnob", "Structure", "Units"]
 
 _IMPORTANCE = ("product", "incoming", "outgoing")
+_OPTIMIZERS = ("SGD", "Adam", "AdamW", "NAdam", "RAdam")  # those of torch whose state surgery knows
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase)
 
 
@@ -86,24 +87,31 @@ class StructuralKnob(Knob):
         self._look()
         self.cost = None
         surgeon, number = self._surgeon, int(value)
-        if self._is_at(number):
-            self._written = number
-            return
-        before = surgeon.cost
-        with surgeon.together():
-            self._change(number)
-            after = surgeon.cost  # a network that fails now is put back
+        if not self._is_at(number):
+            before = surgeon.cost
+            with surgeon.together():
+                self._change(number)
+                after = surgeon.cost  # a network that fails now is put back
+            self.cost = _costs(before, after)
+            self.has_touched_state = True
+        self._written = number
         self._look()
-        self.cost = _costs(before, after)
-        self.has_touched_state = True
+
+    def adopt(self, state: RunState) -> float:
+        """Take over the value that the surgeon has left in the network, and return it."""
+        self._look()
+        self._written = int(self.get(state))
+        return float(self._written)
 
     @override
     def reshape(self, state: RunState) -> None:
         if self._pending is not None:
             self._surgeon.load_state_dict(self._pending["shape"])
             pending, self._pending = self._pending, None
-            self._version = -1
             self._restore(pending)
+            self._written = pending["written"]
+            self._version = -1
+            self._look()
 
     @override
     def find_conflict(self, state: RunState) -> str | None:
@@ -155,13 +163,12 @@ class StructuralKnob(Knob):
     def _find_other(self) -> str | None:
         """What somebody else has changed."""
 
-    @abstractmethod
     def _own_state(self) -> dict[str, Any]:
-        """What else the knob remembers."""
+        """What the knob remembers beside its value."""
+        return {}
 
-    @abstractmethod
     def _restore(self, state: dict[str, Any]) -> None:
-        """Take in what the knob remembered, now that the network has the shape of then."""
+        """Take that in, now that the network has the shape of then."""
 
 
 class Units(StructuralKnob):
@@ -229,13 +236,14 @@ class Units(StructuralKnob):
         if not groups:
             reasons = [f"{group.name!r} ({group.kind}): {_reason(group)}" for group in surgeon.groups]
             raise InputError(
-                f"{type(surgeon.model).__name__} has no units that can be changed: {'; '.join(reasons) or 'no layers'}; "
-                "leave the knob 'units' out"
+                f"{type(surgeon.model).__name__} has no units that can be changed: {'; '.join(reasons) or 'no layers'}"
+                "; leave the knob 'units' out"
             )
         self._structure, self._pending, self._version = structure, None, surgeon.version
         modules = [surgeon.model.get_submodule(group.name) for group in groups]
         self._parts = {
-            module: _Part(group.name, group.size, group.size) for module, group in zip(modules, groups, strict=True)
+            module: _Part(group.name, float(group.size), group.size)
+            for module, group in zip(modules, groups, strict=True)
         }
         self._keep(modules[0])
         self._written = groups[0].size
@@ -255,7 +263,7 @@ class Units(StructuralKnob):
         return float(-1 if reference is None else _units_of(self._module_of(reference.name)))
 
     def _take_in(self, surgeon: Surgeon) -> None:
-        """Names of parts follow; a layer that is new gets the ratio of the one in front of it."""
+        """Names and sizes of parts follow; a layer that is new gets the ratio of the one in front of it."""
         parts: dict[nn.Module, _Part] = {}
         for group in surgeon.groups:
             producers = [surgeon.model.get_submodule(name) for name in group.producers]
@@ -263,7 +271,7 @@ class Units(StructuralKnob):
             if known:
                 module = self._reference if self._reference in known else known[0]
                 name = group.producers[producers.index(module)]
-                parts[module] = _Part(name, self._parts[module].base, self._parts[module].size)
+                parts[module] = _Part(name, self._parts[module].base, group.size)
             elif self._group is None and _is_free(group):
                 alike = [part for part in parts.values() if part.size == group.size]
                 own = group.size * self._base() / max(1, self._written)
@@ -284,6 +292,17 @@ class Units(StructuralKnob):
         }
 
     @override
+    def reach(self, state: RunState, before: float, asked: float) -> tuple[float, str]:
+        surgeon = self._surgeon
+        try:
+            surgeon.check()
+            for part in self._parts.values():
+                surgeon.group(part.name)
+        except InputError as error:
+            return before, str(error)
+        return asked, ""
+
+    @override
     def _is_at(self, value: int) -> bool:
         return all(self._parts[module].size == size for module, size in self._sizes(value).items())
 
@@ -298,36 +317,33 @@ class Units(StructuralKnob):
                 surgeon.widen(name, size, generator=generator, noise=self._noise)
             elif size < present:
                 surgeon.narrow(name, size, importance=self._importance)
-        self._written = value
-        self._parts = {
-            module: _Part(part.name, part.base, sizes.get(module, part.size)) for module, part in self._parts.items()
-        }
 
     @override
     def _find_other(self) -> str | None:
         if self._reference not in self._parts:
             return f"the layer that the knob {self.name!r} reads its value from was taken out of the network"
         for module, part in self._parts.items():
-            present = self._module_of(part.name)
+            present, written = self._module_of(part.name), part.size
             if present is not module:
                 return f"module {part.name!r}, whose units were written, is another one now"
-            if _units_of(present) != part.size:
-                return f"module {part.name!r} has {_units_of(present)} units where {part.size} were written"
+            if module is self._reference:
+                written = self._written
+            if _units_of(present) != written:
+                return f"module {part.name!r} has {_units_of(present)} units where {written} were written"
         return None
 
     @override
     def _own_state(self) -> dict[str, Any]:
         return {
-            "parts": [[part.name, part.base, part.size] for part in self._parts.values()],
+            "parts": [[part.name, part.base] for part in self._parts.values()],
             "reference": [module is self._reference for module in self._parts].index(True),
         }
 
     @override
     def _restore(self, state: dict[str, Any]) -> None:
         model = self._surgeon.model
-        self._parts = {model.get_submodule(name): _Part(name, base, size) for name, base, size in state["parts"]}
+        self._parts = {model.get_submodule(name): _Part(name, base, 0) for name, base in state["parts"]}
         self._keep(list(self._parts)[state["reference"]])
-        self._written = state["written"]
 
 
 class _Part:
@@ -336,7 +352,7 @@ class _Part:
     Args:
         name: Of the layer that makes them, now.
         base: Units that it had when the reference had its first.
-        size: Units that were written last.
+        size: Units now, as the surgeon left them.
     """
 
     __slots__ = ("base", "name", "size")
@@ -353,7 +369,8 @@ class Layers(StructuralKnob):
     just put in is; not the layer that the knob `units` reads its value from.
 
     Args:
-        low: Smallest number that a controller may choose; default 1.
+        low: Smallest number that a controller may choose; default 1; raised to the number that has to stay in the
+            model, because no more can be taken out.
         high: Largest; default 4.
     """
 
@@ -374,13 +391,18 @@ class Layers(StructuralKnob):
             reasons = list(refused.values())
             reasons += [f"no layer is put in behind {_kind_of(surgeon, name)}" for name in surgeon.hidden]
             raise InputError(
-                f"{type(surgeon.model).__name__} takes no further layer: {'; '.join(reasons[:4]) or 'it has none'}; leave "
-                "the knob 'layers' out"
+                f"{type(surgeon.model).__name__} takes no further layer: {'; '.join(reasons[:4]) or 'it has none'}"
+                "; leave the knob 'layers' out"
             )
         self._structure, self._pending = structure, None
         self._take_in(surgeon)
         self._version = surgeon.version
         self._written = len(surgeon.hidden)
+        if self._written > self.low:
+            least, why = self.reach(state, self._written, self.low)
+            if least >= self.high:
+                raise InputError(f"layers: at least {least:g} have to stay ({why}), and high is {self.high:g}; raise it")
+            self.low = max(self.low, least)
         return np.array([float(self._written)])
 
     @override
@@ -391,14 +413,22 @@ class Layers(StructuralKnob):
 
     @override
     def reach(self, state: RunState, before: float, asked: float) -> tuple[float, str]:
-        surgeon = self._surgeon
-        if asked > before and not surgeon.deepenable()[0]:
-            return before, "no layer can be put in any more"
-        if asked < before:
-            most = len(self._removable())
-            if before - asked > most:
-                return before - most, f"only {most} of the hidden layers can be taken out"
-        return asked, ""
+        """Tried out, and put back to the bit: what can still be taken out shows only when others are out."""
+        surgeon, reached, why = self._surgeon, before, ""
+        try:
+            surgeon.check()
+            with surgeon.together():
+                try:
+                    self._change(int(asked))
+                except InputError as error:
+                    why = str(error)
+                reached = float(len(surgeon.hidden))
+                raise _TriedOutError
+        except _TriedOutError:
+            pass
+        except InputError as error:
+            why = str(error)
+        return reached, why
 
     def _removable(self) -> list[str]:
         """Hidden layers that can be taken out, the nearest to the identity first."""
@@ -429,7 +459,6 @@ class Layers(StructuralKnob):
             if not removable:
                 raise InputError(f"layers: none of the {len(surgeon.hidden)} hidden layers can be taken out")
             surgeon.remove_layer(removable[0])
-        self._written = value
 
     @override
     def _find_other(self) -> str | None:
@@ -439,13 +468,18 @@ class Layers(StructuralKnob):
         present = len(_layers_of(self._surgeon.model) - self._others)
         return None if present == self._written else f"layers are {present} where {self._written} were written"
 
+
     @override
     def _own_state(self) -> dict[str, Any]:
-        return {}
+        return {"bounds": [self.low, self.high]}
 
     @override
     def _restore(self, state: dict[str, Any]) -> None:
-        self._written = state["written"]
+        self.low, self.high = state["bounds"]
+
+
+class _TriedOutError(Exception):
+    """Ends a change that was made to see whether it can be."""
 
 
 def _is_free(group: Group) -> bool:
@@ -489,12 +523,17 @@ def _structure_of(state: RunState, knob: str) -> Structure:
     """
     if state.model is None:
         raise InputError(f"the knob {knob!r} acts in the model: give it as model=...")
+    kind = type(state.optimizer)
+    if kind.__module__.startswith("torch.optim.") and kind.__name__ not in _OPTIMIZERS:
+        raise InputError(
+            f"the knob {knob!r} cannot carry over what {kind.__name__} keeps; expected {', '.join(_OPTIMIZERS)}"
+        )
     structure = state.structure
     if structure is None:
         structure = state.structure = Structure(_surgeon_of(state, knob))
-    if not isinstance(structure, Structure):
-        raise AssertionError(f"structure is a {type(structure).__name__}")
-    return structure
+    found: Structure = structure
+    found.surgeon.check()
+    return found
 
 
 def _surgeon_of(state: RunState, knob: str) -> Surgeon:

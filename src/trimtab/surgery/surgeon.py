@@ -38,7 +38,7 @@ from trimtab.surgery.units import (
 )
 from trimtab.surgery.way_back import WayBack
 
-__all__ = ["Change", "Surgeon", "replay"]
+__all__ = ["Change", "Surgeon"]
 
 _IMPORTANCE = ("product", "incoming", "outgoing")
 _UNCOUNTED = Cost(0, 0, 0, 0)
@@ -293,6 +293,15 @@ class Surgeon:
 
     # Several changes, and shapes of other times
 
+    def check(self) -> None:
+        """Refuse an optimizer that could not be taken along now.
+
+        Raises:
+            InputError: Naming what it keeps, or that it has none of the network's parameters.
+        """
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer, self.model)
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Make several changes whole or not at all; none of them counts its cost, which `cost` does when asked."""
@@ -398,8 +407,7 @@ class Surgeon:
     @contextmanager
     def _change(self, operation: str, target: str, old_size: int, new_size: int) -> Iterator[list[int]]:
         """Make a change whole or not at all; the list that it lends is for the units that were copied or removed."""
-        if self.optimizer is not None:
-            check_optimizer(self.optimizer, self.model)
+        self.check()
         before = self.cost if self._counts else _UNCOUNTED
         state = OptimizerState(self.optimizer)
         self._undo = [state.snapshot()]
@@ -572,26 +580,3 @@ class Surgeon:
                 f"{group.size} units of {group.name!r}"
             )
         return importance.detach().double().cpu()
-
-
-def replay(
-    model: nn.Module, example_inputs: object, plan: Sequence[Mapping[str, Any]], optimizer: Optimizer | None = None
-) -> Surgeon:
-    """Change a fresh network as another was changed, so that the other's `state_dict` fits.
-
-    Args:
-        model: As the other was before its first change; its weights are not looked at. After an error it is left half
-            changed: take another fresh one.
-        example_inputs: As for `Surgeon`.
-        plan: `Surgeon.plan` of the other, perhaps from JSON.
-        optimizer: Of the fresh network; its groups get the order of the other's, so that its `state_dict` fits too.
-
-    Returns:
-        A surgeon for the network, which knows of all copies that the other's surgeon knew of.
-
-    Raises:
-        InputError: An entry of the plan is none, or does not fit the network.
-    """
-    surgeon = Surgeon(model, example_inputs, optimizer)
-    surgeon.follow(plan)
-    return surgeon
