@@ -50,10 +50,13 @@ class BestWeights:
         self.plan = list(plan)
 
     def put_back(self, reshape: Callable[[list[dict[str, Any]]], None]) -> bool:
-        """Load them into the model, which `reshape` gives their shape; False where there are none."""
+        """Load them into the model, which `reshape` gives their shape; False where there are none, or it cannot."""
         if self._model is None or self._kept is None:
             return False
-        reshape(self.plan)
+        try:
+            reshape(self.plan)
+        except InputError:  # a network that was given in a changed shape has no way back
+            return False
         self._model.load_state_dict(self._kept)
         return True
 

@@ -213,6 +213,8 @@ class Hand:
         )
         if granted != present and not knob.low <= granted <= knob.high:
             granted, note = min(max(granted, knob.low), knob.high), f"bounds [{knob.low:g}, {knob.high:g}]"
+        if knob.changes_shape and (granted - present) * (asked - present) < 0:
+            granted = present  # found outside of the bounds: who asks for less of too little gets no more
         if granted != present and knob.changes_shape:
             granted, why = knob.reach(self._state, present, float(round(granted)))
             note = why or note

@@ -294,6 +294,7 @@ class Units(StructuralKnob):
     @override
     def reach(self, state: RunState, before: float, asked: float) -> tuple[float, str]:
         surgeon = self._surgeon
+        self._look()
         try:
             surgeon.check()
             for part in self._parts.values():
@@ -401,7 +402,7 @@ class Layers(StructuralKnob):
         if self._written > self.low:
             least, why = self.reach(state, self._written, self.low)
             if least >= self.high:
-                raise InputError(f"layers: at least {least:g} have to stay ({why}), and high is {self.high:g}; raise it")
+                raise InputError(f"layers: at least {least:g} have to stay ({why}); high is {self.high:g}, raise it")
             self.low = max(self.low, least)
         return np.array([float(self._written)])
 
@@ -457,7 +458,10 @@ class Layers(StructuralKnob):
         while len(surgeon.hidden) > value:
             removable = self._removable()
             if not removable:
-                raise InputError(f"layers: none of the {len(surgeon.hidden)} hidden layers can be taken out")
+                kept = self._structure.kept if self._structure is not None else ()
+                mine = [name for name in surgeon.removable() if surgeon.model.get_submodule(name) in kept]
+                why = f" (not {mine[0]!r}, that 'units' is read from)" if mine else ""
+                raise InputError(f"layers: none of the {len(surgeon.hidden)} hidden layers can be taken out{why}")
             surgeon.remove_layer(removable[0])
 
     @override
@@ -467,7 +471,6 @@ class Layers(StructuralKnob):
                 return f"module {name!r}, a hidden layer, is another one now"
         present = len(_layers_of(self._surgeon.model) - self._others)
         return None if present == self._written else f"layers are {present} where {self._written} were written"
-
 
     @override
     def _own_state(self) -> dict[str, Any]:
@@ -564,8 +567,8 @@ def _first_inputs(loader: object, knob: str) -> Tensor:
         InputError: The loader is none that can be asked, or its batches do not begin with a tensor.
     """
     need = (
-        f"the knob {knob!r} needs a batch of the model's inputs: give example_inputs=... (a tensor, or a tuple of the "
-        "forward's positional arguments), or a TrainingLoop or DataLoader as loader=..."
+        f"the knob {knob!r} needs a batch of the model's inputs: give Controller(example_inputs=...), a tensor or a "
+        "tuple of the forward's positional arguments, or a TrainingLoop or DataLoader as loader=..."
     )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise InputError(f"{need}; loader is {type(loader).__name__}")
