@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -29,6 +30,7 @@ from trimtab.training.loop import TrainingLoop
 pytestmark = pytest.mark.usefixtures("unwatched")
 
 KNOBS = ("lr", "layers", "units")
+DOCUMENTATION = (Path(__file__).parents[3] / "docs" / "knobs.md").read_text(encoding="utf-8")
 
 
 class Growing(Toy):
@@ -408,3 +410,19 @@ def test_batches_of_runs_refuse_them_by_name(knob: str) -> None:
     spec = ControlSpec(knobs=("lr", knob), signals=("progress",))
     with pytest.raises(InputError, match=f"the knob '{knob}' is not known to batches of runs, which have lr"):
         gymnasium.make_vec(trimtab.envs.TRAINING, num_envs=4, families=("mlp",), spec=spec)
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = DOCUMENTATION.split("## `units` and `layers`")[1]
+    code = section.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    with seeded(5):
+        exec(compile(code, "docs/knobs.md", "exec"), names)
+    first, second = names["controller"], names["fresh_controller"]
+    assert any(decision.cost for decision in first.decisions)
+    assert second.decisions[: len(first.decisions)] == first.decisions
+    assert names["best"](names["inputs"]).shape == (64, 3)
+    names["train"](*names["run"], 50)
+    ours, theirs = names["model"].state_dict(), names["fresh"].state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
