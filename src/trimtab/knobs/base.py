@@ -93,7 +93,7 @@ class Knob(ABC):
         """Write one value, unchecked, to where it acts: the path taken at every optimizer step of a single run."""
 
     def write(self, state: RunState, values: Array) -> None:
-        """Write a value to where it acts; (R,). Never synchronises with a device.
+        """Write a value to where it acts; (R,). Never synchronises with a device, but where `changes_shape`.
 
         Raises:
             InputError: A value is NaN, infinite, negative, beyond what makes sense, or of the wrong shape or type;

@@ -337,7 +337,7 @@ class Units(StructuralKnob):
     def _own_state(self) -> dict[str, Any]:
         return {
             "parts": [[part.name, part.base] for part in self._parts.values()],
-            "reference": [module is self._reference for module in self._parts].index(True),
+            "reference": next((n for n, module in enumerate(self._parts) if module is self._reference), 0),
         }
 
     @override

@@ -115,7 +115,12 @@ class Surgeon:
     @property
     def layers(self) -> tuple[str, ...]:
         """Linear, convolution and recurrent layers that the forward calls, in its order."""
-        return tuple(dict.fromkeys(name for g in self.groups if g.kind != "Embedding" for name in g.producers))
+        return self._layers_of(self.groups)
+
+    def _layers_of(self, groups: Sequence[Group]) -> tuple[str, ...]:
+        modules = self._couplings.trace.modules
+        names = dict.fromkeys(name for group in groups for name in group.producers)
+        return tuple(name for name in names if not isinstance(modules[name], nn.Embedding))
 
     @property
     def plan(self) -> list[dict[str, Any]]:
@@ -127,9 +132,7 @@ class Surgeon:
         """Those of `layers` whose units are not the network's output."""
         c = self._couplings
         outputs = {c.spaces.root(space) for space in c.outputs}
-        groups = [g for g in self.groups if g.kind != "Embedding" and c.space_of(g) not in outputs]
-        hidden = {name for group in groups for name in group.producers}
-        return tuple(name for name in self.layers if name in hidden)
+        return self._layers_of([group for group in self.groups if c.space_of(group) not in outputs])
 
     @property
     def cost(self) -> Cost:
