@@ -36,12 +36,11 @@ DOCUMENTATION = (Path(__file__).parents[3] / "docs" / "knobs.md").read_text(enco
 class Growing(Toy):
     """The toy with ReLU, a batch norm and dropout: 4-8-3."""
 
-    def __init__(self, optimizer: str = "adam", lr: float = 0.01, **options: Any) -> None:
+    def __init__(self, optimizer: str = "adam", lr: float = 0.01, *, norm: bool = True, **options: Any) -> None:
         super().__init__(optimizer, lr, **options)
         with seeded(9):
-            self.model = nn.Sequential(
-                nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.0), nn.Linear(8, 3)
-            )  # fmt: skip
+            norms = [nn.BatchNorm1d(8)] if norm else []
+            self.model = nn.Sequential(nn.Linear(4, 8), *norms, nn.ReLU(), nn.Dropout(0.0), nn.Linear(8, 3))
         self.optimizer = type(self.optimizer)(self.model.parameters(), lr=lr)
 
 
@@ -163,9 +162,16 @@ def test_a_state_of_another_network_is_refused_and_the_shape_put_back() -> None:
 # ---- roll-back, averages, best weights ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-def test_a_roll_back_goes_to_the_network_right_after_the_change(resumed: bool) -> None:
-    toy = Growing(poison=[4])
+@pytest.mark.parametrize(
+    ("resumed", "batch_norm", "small_up_to"),
+    # Copied tensor by tensor; end to end; end to end at first, and too large for it after the change.
+    [(False, True, 200_000), (True, True, 200_000), (True, False, 200_000), (False, False, 250), (True, False, 250)],
+)
+def test_a_roll_back_goes_to_the_network_right_after_the_change(
+    resumed: bool, batch_norm: bool, small_up_to: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.flat.SMALL_UP_TO", small_up_to)
+    toy = Growing(poison=[4], norm=batch_norm)
     controller = control(toy, [ROWS[0]])
     advance(toy, controller, 3)  # the change is made at the end of it
     there, shapes = toy.weights(), [tuple(p.shape) for p in toy.model.parameters()]
@@ -173,7 +179,7 @@ def test_a_roll_back_goes_to_the_network_right_after_the_change(resumed: bool) -
     advance(toy, controller, 1)
     if resumed:
         of_toy, of_controller = states(toy, controller)
-        toy = Growing(poison=[4])
+        toy = Growing(poison=[4], norm=batch_norm)
         controller = control(toy, [ROWS[0]])
         controller.load_state_dict(of_controller)
         toy.load(of_toy)
