@@ -7,6 +7,7 @@ brings everything over in one transfer, judges the interval, teaches the agent, 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -136,7 +137,7 @@ class Controller:
             self._set_next()
             self._hand.write_all(0)
             if self._guard is not None:
-                self._snapshot.take()
+                self._keep_snapshot(is_stale=True)
 
     # ---- what the loop calls ------------------------------------------------------------------------------------
 
@@ -334,19 +335,18 @@ class Controller:
             self._give_up(verdict.reason)
         else:
             if verdict.kind == "roll_back":
-                self._snapshot.restore()
-                self._restart_average()
+                self._restore()
                 self._probe.forget()
                 state.summary = before._replace(initial_val_loss=state.summary.initial_val_loss)
                 self._is_first = True
+            elif self._guard is not None and self._hand.can_reshape:
+                self._keep_snapshot()  # now: from a network that turns out badly the way leads back to this one
             self._act(observation, verdict, is_over=is_over)
             is_stale = self._take_in_changes()
             if is_over:
                 self.status = "over"
-            elif verdict.kind == "roll_back":
-                self._snapshot.take()
-            elif self._guard is not None:
-                self._snapshot.keep(is_stale=is_stale)
+            elif self._guard is not None and (verdict is not GOOD or is_stale or not self._hand.can_reshape):
+                self._keep_snapshot(is_stale=is_stale or verdict is not GOOD)
         self._index += 1
         self._set_next()
         return self.decisions[first:]
@@ -395,24 +395,39 @@ class Controller:
 
     def _give_up(self, reason: str) -> None:
         """Put the best weights back, and keep them: a rate of 0 moves nothing whatever the loop goes on doing."""
-        if self._best.put_back(self._hand.reshape):
+        best = functools.partial(self._hand.reshape, index=self._index, step=self._t, why="gave up: the best network")
+        if self._best.put_back(best):
             kept = "the weights of the best validation loss"
+            self._restart_average()
         else:
-            self._snapshot.restore()
+            self._restore()
             kept = "the weights of the last good interval"
-        self._restart_average()
         note = f"{reason}: gave up, kept {kept}, control ended"
         _log.warning("step %d: %s", self._t, note)
         self.status = "gave_up"
         self._probe.freeze()
         self._hand.give_up(note, self._index, self._t)
 
+    def _restore(self) -> None:
+        """Go back to the snapshot: the network's shape, then weights and the optimizer's state."""
+        self._hand.reshape(self._snapshot.plan, self._index, self._t, "rolled back to the network of before")
+        self._snapshot.restore()
+        self._restart_average()
+
+    def _keep_snapshot(self, *, is_stale: bool = False) -> None:
+        self._snapshot.keep(is_stale=is_stale)
+        self._snapshot.plan = self._hand.plan
+
     def _take_in_changes(self) -> bool:
-        """Let go of what a knob's move has made useless; whether the snapshot is."""
-        if self._hand.has_reshaped:
+        """Let go of what a knob's move has made useless; whether the snapshot is.
+
+        One of before a change of the shape is not: it has the weights that were good.
+        """
+        has_touched, has_reshaped = self._hand.take_touched()
+        if has_reshaped:
             self._probe.forget()
             self._restart_average()
-        return self._hand.take_touched()
+        return has_touched
 
     def _restart_average(self) -> None:
         if self._average is not None:
@@ -516,7 +531,7 @@ class Controller:
         shape = self._hand.plan
         self._hand.load_shape(state["hand"])
         try:
-            self._snapshot.check(state["snapshot"])
+            self._snapshot.check(state["snapshot"], self._hand.plan)
         except InputError:
             self._hand.reshape(shape)
             raise

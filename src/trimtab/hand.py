@@ -116,17 +116,17 @@ class Hand:
         active = sorted(self._order)
         return active[index % len(active)]
 
-    def take_touched(self) -> bool:
-        """Whether a knob has changed the optimizer's state since this was asked last."""
+    def take_touched(self) -> tuple[bool, bool]:
+        """Whether a knob has changed the optimizer's state since this was asked last, and whether the model's shape."""
         touched = [knob for knob in self._knobs if knob.has_touched_state]
         for knob in touched:
             knob.has_touched_state = False
-        return bool(touched)
+        return not all(knob.changes_shape for knob in touched), any(knob.changes_shape for knob in touched)
 
     @property
-    def has_reshaped(self) -> bool:
-        """Whether a knob has put other parameters into the model since `take_touched` was asked last."""
-        return any(knob.has_touched_state and knob.changes_shape for knob in self._knobs)
+    def can_reshape(self) -> bool:
+        """Whether a knob can put other parameters into the model."""
+        return self._state.structure is not None
 
     @property
     def plan(self) -> list[dict[str, Any]]:
@@ -134,16 +134,23 @@ class Hand:
         structure = self._state.structure
         return [] if structure is None else list(structure.surgeon.plan)
 
-    def reshape(self, plan: list[dict[str, Any]]) -> None:
-        """Give the model the shape that a plan leads to; its weights are of no use then."""
+    def reshape(self, plan: list[dict[str, Any]], index: int = 0, step: int = 0, why: str = "") -> None:
+        """Give the model the shape that a plan leads to; its weights are of no use then. `why` records what moves."""
         if plan == self.plan:
             return
         self._state.structure.surgeon.follow(plan)
         for column in self._order:
-            knob = self._knobs[column]
-            if isinstance(knob, StructuralKnob):
-                self.settings[column] = knob.adopt(self._state)
+            knob, present = self._knobs[column], self.settings[column]
+            if not isinstance(knob, StructuralKnob):
+                continue
+            value = knob.adopt(self._state)
+            if value != present:
+                self.settings[column] = value
                 self._note(column)
+                self._state.note_move(knob.name, present, value)
+                if why:
+                    row = (present, value, value, value, knob.get(self._state))
+                    self.decisions.append(Decision(index, step, knob.name, "follow", None, *row, why))
 
     def take_in_forced(self, index: int, step: int) -> None:
         """Record where a knob's place fell back to another value by itself, and move what follows it."""
@@ -348,9 +355,9 @@ class Hand:
     def load_shape(self, state: Mapping[str, Any]) -> None:
         """Give the model the shape of a state of this hand, which all else is put back into; no knob takes it in."""
         for knob in self._knobs:
-            shape = state["knobs"][knob.name].get("shape") if knob.changes_shape else None
-            if shape is not None and self._state.structure is not None:
-                self._state.structure.surgeon.load_state_dict(shape)
+            plan = state["knobs"][knob.name].get("plan") if knob.changes_shape else None
+            if plan is not None and self._state.structure is not None:
+                self._state.structure.surgeon.follow(plan)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`; `write_all` makes it act."""

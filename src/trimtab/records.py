@@ -22,8 +22,8 @@ class Decision:
         optimizer_step: Optimizer steps taken before it; the step numbered `optimizer_step` is the first it acts on.
         knob: Name of the knob.
         source: "agent", "guard" (rolled back, rate cut), "gave_up" (the guard's last act), "follow" (moved along with
-            another knob, which the note names), "memory" (out of memory: the batch size was halved), or "conflict"
-            (a second writer was found and the knob handed back).
+            another knob, or with a roll-back, which the note names), "memory" (out of memory: the batch size was
+            halved), or "conflict" (a second writer was found and the knob handed back).
         action: The action as the agent gave it; None where no agent acted.
         before: Value read where it acts, before writing.
         asked: Setting the action asks for, in the knob's unit, before the base schedule.

@@ -220,7 +220,7 @@ class _Held(Controller):
             self._hand.act(action, decided, self._t, is_placebo=False)
             self._is_waiting = False
             if self._take_in_changes() and self._guard is not None:
-                self._snapshot.keep(is_stale=True)
+                self._keep_snapshot(is_stale=True)
         else:
             self._hand.check(action, decided)  # a wrong action is refused even where it cannot count
 

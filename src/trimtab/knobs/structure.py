@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from trimtab.cost import Cost
@@ -106,7 +106,7 @@ class StructuralKnob(Knob):
     @override
     def reshape(self, state: RunState) -> None:
         if self._pending is not None:
-            self._surgeon.load_state_dict(self._pending["shape"])
+            self._surgeon.follow(self._pending["plan"])
             pending, self._pending = self._pending, None
             self._restore(pending)
             self._written = pending["written"]
@@ -125,13 +125,13 @@ class StructuralKnob(Knob):
         if self._pending is not None:
             return copy.deepcopy(self._pending)
         if self._structure is None:
-            return {"written": 0, "shape": None}
+            return {"written": 0, "plan": None}
         self._look()
-        return {"written": self._written, **self._own_state(), "shape": self._surgeon.state_dict()}
+        return {"written": self._written, **self._own_state(), "plan": self._surgeon.plan}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._pending = copy.deepcopy(state) if state["shape"] is not None else None
+        self._pending = copy.deepcopy(state) if state["plan"] is not None else None
 
     def _look(self) -> None:
         """Take in what the surgeon has changed since the last look, for whichever knob."""
@@ -176,8 +176,8 @@ class Units(StructuralKnob):
 
     The knob's value is the number of units of the reference: the first group in the order of the forward that can be
     changed, or the one named. The others keep their ratio to it, rounded, with at least one unit. Embeddings, and
-    groups that can be widened to whole multiples only (a LayerNorm over them), are left alone unless named. A layer
-    that is put in later has the ratio of the one it stands behind.
+    groups that can be widened to whole multiples only (a LayerNorm over them), are left alone (embeddings unless
+    named). A layer that is put in later has the ratio of the one it stands behind.
 
     Widening preserves the function, narrowing takes copies away first and then the least important units.
 
@@ -570,9 +570,9 @@ def _first_inputs(loader: object, knob: str) -> Tensor:
         f"the knob {knob!r} needs a batch of the model's inputs: give Controller(example_inputs=...), a tensor or a "
         "tuple of the forward's positional arguments, or a TrainingLoop or DataLoader as loader=..."
     )
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    data: Any = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or not hasattr(data, "__len__") or len(data) < 1:
         raise InputError(f"{need}; loader is {type(loader).__name__}")
-    data: Any = loader.dataset
     collate: Callable[[list[Any]], Any] | None = loader.collate_fn
     count = min(len(data), int(getattr(loader.batch_sampler, "batch_size", None) or 1))
     with torch.random.fork_rng(devices=()):

@@ -36,4 +36,5 @@ def replay(
     """
     surgeon = Surgeon(model, example_inputs, optimizer)
     surgeon.follow(plan)
+    surgeon.remember()
     return surgeon

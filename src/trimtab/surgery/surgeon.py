@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,13 @@ from trimtab.surgery.units import (
     importance,
     remap,
 )
-from trimtab.surgery.way_back import WayBack
+from trimtab.surgery.way_back import History, WayBack
 
 __all__ = ["Change", "Surgeon"]
 
 _IMPORTANCE = ("product", "incoming", "outgoing")
 _UNCOUNTED = Cost(0, 0, 0, 0)
+_HISTORIES: WeakKeyDictionary[nn.Module, History] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Surgeon:
             those of this batch.
         optimizer: Taken along; None without. May be exchanged by setting `optimizer`.
 
+    A network that `replay` has changed keeps its history: its plan begins with the one that was replayed.
+
     Attributes:
         version: Grows with every change of the shape, by whatever method.
 
@@ -106,6 +110,11 @@ class Surgeon:
         self._way: WayBack | None = None
         self._last: Change
         self.version = 0
+        history = _HISTORIES.get(model)
+        if history is not None and history.fits(model):
+            self._plan = history.plan
+            self._ways = [way if optimizer is None or way.groups is not None else None for way in history.ways]
+            self._copies = {module: Copies(sources) for module, sources in history.copies.items()}
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -360,6 +369,13 @@ class Surgeon:
         finally:
             self._counts = counted
 
+    def remember(self) -> None:
+        """Let surgeons of this network that are made later know of its changes, as long as nobody makes others."""
+        ways = [way for way in self._ways if way is not None]
+        if len(ways) == len(self._plan):
+            copies = {module: list(kept.sources) for module, kept in self._copies.items()}
+            _HISTORIES[self.model] = History(self.model, self.plan, ways, copies)
+
     def _repeat(self, place: int, operation: str, target: str, units: list[int]) -> None:
         """Make the change of one entry of a plan."""
         try:
@@ -378,32 +394,6 @@ class Surgeon:
             raise InputError(
                 f"the plan does not fit the network: entry {place} ({operation} {target!r}): {error}"
             ) from error
-
-    def state_dict(self) -> dict[str, Any]:
-        """The plan, the copies, and the shapes of all parameters now; for JSON."""
-        names = {module: name for name, module in self.model.named_modules()}
-        return {
-            "plan": self.plan,
-            "copies": {names[module]: list(kept.sources) for module, kept in self._copies.items()},
-            "shapes": self._shapes(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state: a network of the original shape follows the plan, one of the state's shape is taken over.
-
-        Raises:
-            InputError: See `follow`.
-        """
-        if state["plan"] and not self._plan and self._shapes() == state["shapes"]:
-            self._plan = [dict(entry, units=list(entry["units"])) for entry in state["plan"]]
-            self._ways = [None] * len(self._plan)
-            self._copies = {self.model.get_submodule(name): Copies(kept) for name, kept in state["copies"].items()}
-            self.version += 1
-        else:
-            self.follow(state["plan"])
-
-    def _shapes(self) -> dict[str, list[int]]:
-        return {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
 
     # How a change is made, and taken back
 

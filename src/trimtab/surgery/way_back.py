@@ -7,7 +7,7 @@ into.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from trimtab.surgery.layers import set_module
 from trimtab.surgery.units import Copies
 
-__all__ = ["WayBack"]
+__all__ = ["History", "WayBack"]
 
 
 @dataclass(frozen=True)
@@ -97,3 +97,37 @@ class WayBack:
             for parameter in [p for p in optimizer.state if id(p) not in there]:
                 del optimizer.state[parameter]
         return {module: Copies(sources) for module, sources in self.copies.items()}
+
+
+class History:
+    """What became of a network, for a surgeon that is made later. It must not hold the network itself.
+
+    Args:
+        model: As it is now.
+        plan: Changes so far.
+        ways: The way back over each.
+        copies: Which units are copies of which.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: list[dict[str, Any]],
+        ways: Sequence[WayBack],
+        copies: Mapping[nn.Module, list[int]],
+    ) -> None:
+        self._plan, self.ways, self.copies = plan, list(ways), copies
+        self._shapes = _shapes(model)
+
+    @property
+    def plan(self) -> list[dict[str, Any]]:
+        """A copy of it."""
+        return [dict(entry, units=list(entry["units"])) for entry in self._plan]
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the network still has the shape of then."""
+        return _shapes(model) == self._shapes
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -15,7 +15,7 @@ from trimtab import InputError, registry
 from trimtab.knobs.data import ResizableBatchSampler
 from trimtab.knobs.structure import Layers, Units
 from trimtab.run_state import RunState
-from trimtab.surgery import Surgeon
+from trimtab.surgery import Surgeon, replay
 from trimtab.training.loop import TrainingLoop
 
 IMAGES = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -389,7 +389,7 @@ def test_the_surgeon_follows_plans_forth_and_back() -> None:
     train(model, inputs, optimizer, 2)
     surgeon = Surgeon(model, inputs, optimizer)
     generator = torch.Generator().manual_seed(0)
-    plans, shapes = [surgeon.plan], [surgeon.state_dict()["shapes"]]
+    plans, shapes = [surgeon.plan], [shapes_of(model)]
     for change in (
         lambda: surgeon.widen("4", 11, generator=generator),
         lambda: surgeon.deepen("8"),
@@ -399,12 +399,12 @@ def test_the_surgeon_follows_plans_forth_and_back() -> None:
     ):
         change()
         plans.append(surgeon.plan)
-        shapes.append(surgeon.state_dict()["shapes"])
+        shapes.append(shapes_of(model))
         train(model, inputs, optimizer, 1)
     for place in (5, 2, 0, 4, 1, 3, 5):
         surgeon.follow(plans[place])
         assert surgeon.plan == plans[place]
-        assert surgeon.state_dict()["shapes"] == shapes[place]
+        assert shapes_of(model) == shapes[place]
         assert_consistent(model, optimizer)
         train(model, inputs, optimizer, 1)
     with pytest.raises(InputError, match="entry 1 of the plan is"):
@@ -412,17 +412,32 @@ def test_the_surgeon_follows_plans_forth_and_back() -> None:
     assert surgeon.plan == plans[5]
 
 
-def test_a_shape_that_was_taken_over_has_no_way_back() -> None:
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_a_replayed_network_keeps_its_history(with_optimizer: bool) -> None:
     model, inputs = network("relu-cnn")
     first = Surgeon(model, inputs)
     first.widen("4", 11, generator=torch.Generator().manual_seed(0))
-    second = Surgeon(model, inputs)
-    second.load_state_dict(first.state_dict())
+    fresh, _ = network("relu-cnn")
+    optimizer = torch.optim.Adam(fresh.parameters(), 0.01)
+    replay(fresh, inputs, first.plan, optimizer if with_optimizer else None)
+    optimizer = optimizer if with_optimizer else torch.optim.Adam(fresh.parameters(), 0.01)
+    second = Surgeon(fresh, inputs, optimizer)
     assert second.plan == first.plan
     second.narrow("4", 8)  # it knows which are copies
     assert second.plan[-1]["units"] == [8, 9, 10]
-    with pytest.raises(InputError, match=r"Sequential was given in a changed shape.*take a fresh network"):
+    second.follow(first.plan)
+    if with_optimizer:
         second.follow([])
+        assert shapes_of(fresh) == shapes_of(network("relu-cnn")[0])
+        assert_consistent(fresh, optimizer)
+    else:  # which of the optimizer's groups the old parameters were in is not known
+        with pytest.raises(InputError, match=r"Sequential was given in a changed shape.*take a fresh network"):
+            second.follow([])
+    assert Surgeon(network("relu-cnn")[0], inputs).plan == []
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def test_several_changes_are_made_whole_or_not_at_all() -> None:

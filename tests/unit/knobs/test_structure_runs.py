@@ -144,13 +144,16 @@ def test_a_resumed_run_on_a_fresh_model_equals_the_uninterrupted_one(optimizer: 
     assert torch.equal(*averages)
 
 
-def test_a_state_of_another_network_is_refused_and_the_shape_put_back() -> None:
+@pytest.mark.parametrize("saved_at", [2, 4, 7])
+def test_a_state_of_another_network_is_refused_and_the_shape_put_back(saved_at: int) -> None:
     toy = Growing()
     controller = control(toy, ROWS)
-    advance(toy, controller, 4)
+    advance(toy, controller, saved_at)
     saved = copy.deepcopy(controller.state_dict())
-    saved["snapshot"]["tensors"][0] = torch.zeros(2, 2)
     fresh = Growing()
+    with seeded(1):
+        fresh.model[4] = nn.Linear(8, 4)  # another task
+    fresh.optimizer = torch.optim.Adam(fresh.model.parameters(), 0.01)
     again = control(fresh, ROWS)
     with pytest.raises(InputError, match="this state is of an optimizer with the parameters"):
         again.load_state_dict(saved)
@@ -167,34 +170,71 @@ def test_a_state_of_another_network_is_refused_and_the_shape_put_back() -> None:
     # Copied tensor by tensor; end to end; end to end at first, and too large for it after the change.
     [(False, True, 200_000), (True, True, 200_000), (True, False, 200_000), (False, False, 250), (True, False, 250)],
 )
-def test_a_roll_back_goes_to_the_network_right_after_the_change(
-    resumed: bool, batch_norm: bool, small_up_to: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("poisoned", [4, 7])
+def test_a_roll_back_takes_back_a_change_that_has_not_proved_good(
+    resumed: bool, batch_norm: bool, small_up_to: int, poisoned: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trimtab.flat.SMALL_UP_TO", small_up_to)
-    toy = Growing(poison=[4], norm=batch_norm)
-    controller = control(toy, [ROWS[0]])
-    advance(toy, controller, 3)  # the change is made at the end of it
-    there, shapes = toy.weights(), [tuple(p.shape) for p in toy.model.parameters()]
-    moments = copy.deepcopy(toy.optimizer.state_dict()["state"])
-    advance(toy, controller, 1)
+    monkeypatch.setattr("trimtab.controller._log.warning", lambda *_: None)
+
+    def begin() -> tuple[Growing, Controller]:
+        toy = Growing(poison=[poisoned], norm=batch_norm)
+        return toy, control(toy, [ROWS[0]])
+
+    toy, controller = begin()
+    calm = Growing(norm=batch_norm)
+    beside = control(calm, [ROWS[0]])
+    advance(calm, beside, 2)
+    losses = [float(calm.step())]  # the change is made after it
+    if poisoned == 7:
+        beside.step(losses[0])
+        advance(calm, beside, 3)
+    there, moments = calm.weights(), copy.deepcopy(calm.optimizer.state_dict()["state"])
+    advance(toy, controller, poisoned)
     if resumed:
         of_toy, of_controller = states(toy, controller)
-        toy = Growing(poison=[4], norm=batch_norm)
-        controller = control(toy, [ROWS[0]])
+        toy, controller = begin()
         controller.load_state_dict(of_controller)
         toy.load(of_toy)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trimtab.controller._log.warning", lambda *_: None)
-        advance(toy, controller, 2)
-    assert [decision.source for decision in controller.decisions] == ["agent"] * 3 + ["guard"]
+    advance(toy, controller, 6 - poisoned if poisoned == 4 else 2)
     assert torch.equal(toy.weights(), there)
-    assert [tuple(p.shape) for p in toy.model.parameters()] == shapes
-    assert controller.read_knobs() == {"lr": 0.002, "layers": 2.0, "units": 12.0}
     now = toy.optimizer.state_dict()["state"]
     assert now.keys() == moments.keys()
     for key, entry in now.items():
         assert all(torch.equal(torch.as_tensor(entry[name]), torch.as_tensor(moments[key][name])) for name in entry)
+    last = controller.decisions[-3:]
+    if poisoned == 4:  # in the first interval after the change
+        assert [(row.knob, row.source, row.setting) for row in last] == [
+            ("layers", "follow", 1), ("units", "follow", 8), ("lr", "guard", 0.002),
+        ]  # fmt: skip
+        assert last[0].note == "rolled back to the network of before"
+        assert controller.plan == []
+        assert controller.read_knobs() == {"lr": 0.002, "layers": 1.0, "units": 8.0}
+    else:  # in the second, and the change was good in the first
+        assert [(row.knob, row.source) for row in last] == [("layers", "agent"), ("units", "agent"), ("lr", "guard")]
+        assert controller.read_knobs() == {"lr": 0.002, "layers": 2.0, "units": 12.0}
+    assert controller.n_rollbacks == 1
     assert all(map(math.isfinite, advance(toy, controller, 6)))
+    assert controller.read_knobs() == {"lr": 0.01, "layers": 2.0, "units": 12.0}
+
+
+def test_a_change_that_ruins_the_network_is_taken_back_instead_of_giving_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.controller._log.warning", lambda *_: None)
+    toy = Growing("adam", 0.02)
+    rows = [*[(0.02, 1, 32)] * 7, (0.02, 1, 2), (0.004, 1, 32)]
+    controller = control(toy, rows, every=10, safety=Safety(max_rollbacks=1))
+    advance(toy, controller, 80, validates=True)
+    assert controller.read_knobs()["units"] == 2
+    with torch.no_grad():  # what two units are left with shouts
+        toy.model[-1].weight.mul_(60)
+    ruined = toy.val_loss()
+    advance(toy, controller, 40, validates=True)
+    assert (controller.n_rollbacks, controller.status) == (1, "running")
+    assert [(row.knob, row.note) for row in controller.decisions if row.source == "follow"] == [
+        ("units", "rolled back to the network of before")
+    ]
+    assert controller.read_knobs()["units"] == 32
+    assert toy.val_loss() < 0.5 < 10 < ruined
 
 
 def test_the_average_begins_anew_at_a_change() -> None:
