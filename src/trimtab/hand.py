@@ -311,6 +311,7 @@ class Hand:
         """Write every knob anew: at the start, and after a state was loaded."""
         for column in self._order:
             self._knobs[column].put(self._state, self.settings[column] * self._factor(column, step))
+        self.take_touched()  # whoever asks for this takes or loads a snapshot that fits
 
     def _factor(self, column: int, step: int) -> float:
         return self._factor_at(step) if column == self._rate else 1.0

@@ -85,11 +85,11 @@ def make_run(model: str, moves: list[list[int]], optimizer: str = "adam", **opti
     return loop, Controller(agent, optimizer=loop.optimizer, model=loop.model, loader=loop, spec=spec)
 
 
-def advance(loop: TrainingLoop, controller: Controller, n_steps: int) -> list[float]:
+def advance(loop: TrainingLoop, controller: Controller, n_steps: int, poisoned: int = 0) -> list[float]:
     losses = []
     for _ in range(n_steps):
         losses.append(float(loop.step()))
-        controller.step(losses[-1])
+        controller.step(math.nan if loop.steps_done == poisoned else losses[-1])  # a NaN has the guard roll back
     return losses
 
 
@@ -98,6 +98,7 @@ SEQUENCES = {
     "optimizer": st.sampled_from(["sgd", "adam", "adamw"]),
     "saved_at": st.integers(1, 9),
     "loop_first": st.booleans(),
+    "poisoned": st.sampled_from([0, 3, 6, 7]),
 }
 
 
@@ -105,9 +106,9 @@ SEQUENCES = {
 @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(**SEQUENCES)
 def test_any_sequence_of_moves_is_coherent_and_resumed_to_the_bit(
-    model: str, moves: list[list[int]], optimizer: str, saved_at: int, loop_first: bool
+    model: str, moves: list[list[int]], optimizer: str, saved_at: int, loop_first: bool, poisoned: int
 ) -> None:
-    check_sequence(model, moves, optimizer, saved_at, loop_first)
+    check_sequence(model, moves, optimizer, saved_at, loop_first, poisoned)
 
 
 @pytest.mark.slow
@@ -115,21 +116,24 @@ def test_any_sequence_of_moves_is_coherent_and_resumed_to_the_bit(
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**SEQUENCES)
 def test_many_sequences_of_moves(
-    model: str, moves: list[list[int]], optimizer: str, saved_at: int, loop_first: bool
+    model: str, moves: list[list[int]], optimizer: str, saved_at: int, loop_first: bool, poisoned: int
 ) -> None:
-    check_sequence(model, moves, optimizer, saved_at, loop_first)
+    check_sequence(model, moves, optimizer, saved_at, loop_first, poisoned)
 
 
 def own_of(controller: Controller) -> list[Any]:
     return [decision for decision in controller.decisions if decision.source == "agent"]
 
 
-def check_sequence(model: str, moves: list[list[int]], optimizer: str, saved_at: int, loop_first: bool) -> None:
+def check_sequence(
+    model: str, moves: list[list[int]], optimizer: str, saved_at: int, loop_first: bool, poisoned: int
+) -> None:
     loop, controller = make_run(model, moves, optimizer)
-    losses = advance(loop, controller, saved_at)
+    losses = advance(loop, controller, saved_at, poisoned)
     saved, kept = loop.state_dict(), copy.deepcopy(controller.state_dict())
-    losses += advance(loop, controller, 12 - saved_at)
+    losses += advance(loop, controller, 12 - saved_at, poisoned)
     assert all(map(math.isfinite, losses))
+    assert controller.n_rollbacks == (poisoned > 0)
     for decision in controller.decisions:
         assert decision.read_back == decision.written, decision
     read = controller.read_knobs()
@@ -153,7 +157,7 @@ def check_sequence(model: str, moves: list[list[int]], optimizer: str, saved_at:
         for part, state in [(other, saved), (again, kept)] if loop_first else [(again, kept), (other, saved)]:
             part.load_state_dict(copy.deepcopy(state))
         assert all(torch.equal(saved["model"][name], value) for name, value in other.model.state_dict().items())
-        assert advance(other, again, 12 - saved_at) == losses[saved_at:]
+        assert advance(other, again, 12 - saved_at, poisoned) == losses[saved_at:]
         assert again.read_knobs() == read
         assert again.plan == shape
         theirs = other.model.state_dict()
