@@ -529,7 +529,7 @@ class Controller:
                     f"{key} as the one that was saved"
                 )
         shape = self._hand.plan
-        self._hand.load_shape(state["hand"])
+        self._hand.load_shape(state["hand"], None if state["guard"] is None else state["snapshot"].get("plan"))
         try:
             self._snapshot.check(state["snapshot"], self._hand.plan)
         except InputError:

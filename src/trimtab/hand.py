@@ -353,12 +353,22 @@ class Hand:
             "decisions": [decision.to_json() for decision in self.decisions],
         }
 
-    def load_shape(self, state: Mapping[str, Any]) -> None:
-        """Give the model the shape of a state of this hand, which all else is put back into; no knob takes it in."""
+    def load_shape(self, state: Mapping[str, Any], earlier: list[dict[str, Any]] | None) -> None:
+        """Give the model the shape of a state of this hand, which all else is put back into; no knob takes it in.
+
+        Args:
+            state: See above.
+            earlier: A plan that it may have to go back to; None for none.
+
+        Raises:
+            InputError: It cannot have the shape, or not go back.
+        """
         for knob in self._knobs:
             plan = state["knobs"][knob.name].get("plan") if knob.changes_shape else None
             if plan is not None and self._state.structure is not None:
                 self._state.structure.surgeon.follow(plan)
+        if earlier is not None and self._state.structure is not None:
+            self._state.structure.surgeon.check_way(earlier)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`; `write_all` makes it act."""

@@ -344,18 +344,9 @@ class Surgeon:
 
         Raises:
             InputError: An entry of the plan is none; then nothing is changed. Or it does not fit the network, which is
-                left half changed; or the network was given in a shape from which it would have to go back.
+                left half changed; or it would have to go back over changes that were replayed without the optimizer.
         """
-        entries = [check_entry(entry, place) for place, entry in enumerate(plan)]
-        mine = [(entry["operation"], entry["target"], list(entry["units"])) for entry in self._plan]
-        same = next((n for n, (a, b) in enumerate(zip(entries, mine, strict=False)) if a != b), None)
-        common = min(len(entries), len(mine)) if same is None else same
-        known = [way for way in self._ways[common:] if way is not None]
-        if len(known) < len(self._ways) - common:
-            raise InputError(
-                f"{type(self.model).__name__} was given in a changed shape, and what it was before is not known; take "
-                "a fresh network of the original shape"
-            )
+        entries, common, known = self._way_to(plan)
         for way in reversed(known):
             self._copies = way.go(self.model, self.optimizer)
         del self._plan[common:], self._ways[common:]
@@ -368,6 +359,28 @@ class Surgeon:
                 self._repeat(place, operation, target, units)
         finally:
             self._counts = counted
+
+    def check_way(self, plan: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a plan that `follow` could not go back to.
+
+        Raises:
+            InputError: See `follow`.
+        """
+        self._way_to(plan)
+
+    def _way_to(self, plan: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, str, list[int]]], int, list[WayBack]]:
+        """Entries of a plan, how many of them are made already, and the ways back over the changes beyond those."""
+        entries = [check_entry(entry, place) for place, entry in enumerate(plan)]
+        mine = [(entry["operation"], entry["target"], list(entry["units"])) for entry in self._plan]
+        same = next((n for n, (a, b) in enumerate(zip(entries, mine, strict=False)) if a != b), None)
+        common = min(len(entries), len(mine)) if same is None else same
+        known = [way for way in self._ways[common:] if way is not None]
+        if len(known) < len(self._ways) - common:
+            raise InputError(
+                f"{type(self.model).__name__} was replayed without its optimizer, and has no way back from there; give "
+                "replay(...) the optimizer, or take a fresh network of the original shape"
+            )
+        return entries, common, known
 
     def remember(self) -> None:
         """Let surgeons of this network that are made later know of its changes, as long as nobody makes others."""

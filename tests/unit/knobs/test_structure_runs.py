@@ -144,6 +144,21 @@ def test_a_resumed_run_on_a_fresh_model_equals_the_uninterrupted_one(optimizer: 
     assert torch.equal(*averages)
 
 
+def test_a_network_that_could_not_be_rolled_back_is_refused() -> None:
+    toy = Growing()
+    controller = control(toy, ROWS)
+    advance(toy, controller, 4)
+    saved = copy.deepcopy(controller.state_dict())
+    fresh = Growing()
+    replay(fresh.model, fresh.inputs[:8], controller.plan)
+    fresh.optimizer = torch.optim.Adam(fresh.model.parameters(), 0.01)
+    again = control(fresh, ROWS)
+    with pytest.raises(InputError, match=r"was replayed without its optimizer.*give replay\(...\) the optimizer"):
+        again.load_state_dict(saved)
+    fresh.optimizer = torch.optim.Adam(fresh.model.parameters(), 0.01)
+    control(fresh, ROWS, safety=Safety(rollback=False)).load_state_dict({**saved, "guard": None})
+
+
 @pytest.mark.parametrize("saved_at", [2, 4, 7])
 def test_a_state_of_another_network_is_refused_and_the_shape_put_back(saved_at: int) -> None:
     toy = Growing()
