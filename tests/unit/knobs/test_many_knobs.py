@@ -113,7 +113,7 @@ def test_any_sequence_of_moves_is_coherent_and_resumed_to_the_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**SEQUENCES)
 def test_many_sequences_of_moves(
     model: str, moves: list[list[int]], optimizer: str, saved_at: int, loop_first: bool, poisoned: int
@@ -133,7 +133,7 @@ def check_sequence(
     saved, kept = loop.state_dict(), copy.deepcopy(controller.state_dict())
     losses += advance(loop, controller, 12 - saved_at, poisoned)
     assert all(map(math.isfinite, losses))
-    assert controller.n_rollbacks == (poisoned > 0)
+    assert controller.n_rollbacks >= (poisoned > 0)
     for decision in controller.decisions:
         assert decision.read_back == decision.written, decision
     read = controller.read_knobs()
