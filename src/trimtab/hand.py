@@ -17,7 +17,7 @@ import numpy.typing as npt
 from trimtab.errors import ConflictError, InputError, warn
 from trimtab.knobs.base import CategoricalKnob, Knob
 from trimtab.knobs.optimizer import LearningRate
-from trimtab.knobs.structure import StructuralKnob
+from trimtab.knobs.structure import StructuralKnob, cost_change
 from trimtab.records import Decision
 from trimtab.run_state import RunState
 from trimtab.safety import Gate
@@ -138,7 +138,10 @@ class Hand:
         """Give the model the shape that a plan leads to; its weights are of no use then. `why` records what moves."""
         if plan == self.plan:
             return
-        self._state.structure.surgeon.follow(plan)
+        surgeon = self._state.structure.surgeon
+        before = surgeon.cost if why else None
+        surgeon.follow(plan)
+        cost = None if before is None else cost_change(before, surgeon.cost)
         for column in self._order:
             knob, present = self._knobs[column], self.settings[column]
             if not isinstance(knob, StructuralKnob):
@@ -150,7 +153,8 @@ class Hand:
                 self._state.note_move(knob.name, present, value)
                 if why:
                     row = (present, value, value, value, knob.get(self._state))
-                    self.decisions.append(Decision(index, step, knob.name, "follow", None, *row, why))
+                    self.decisions.append(Decision(index, step, knob.name, "follow", None, *row, why, cost))
+                    cost = None  # of all of it together: in the first row
 
     def take_in_forced(self, index: int, step: int) -> None:
         """Record where a knob's place fell back to another value by itself, and move what follows it."""

@@ -26,7 +26,7 @@ from trimtab.run_state import Array, RunState
 from trimtab.seeding import torch_generator
 from trimtab.surgery import Group, Surgeon
 
-__all__ = ["Layers", "StructuralKnob", "Structure", "Units"]
+__all__ = ["Layers", "StructuralKnob", "Structure", "Units", "cost_change"]
 
 _IMPORTANCE = ("product", "incoming", "outgoing")
 _OPTIMIZERS = ("SGD", "Adam", "AdamW", "NAdam", "RAdam")  # those of torch whose state surgery knows
@@ -92,7 +92,7 @@ class StructuralKnob(Knob):
             with surgeon.together():
                 self._change(number)
                 after = surgeon.cost  # a network that fails now is put back
-            self.cost = _costs(before, after)
+            self.cost = cost_change(before, after)
             self.has_touched_state = True
         self._written = number
         self._look()
@@ -509,7 +509,8 @@ def _units_of(module: nn.Module | None) -> int:
     return int(weight.shape[1] if isinstance(module, (nn.RNNBase, nn.Embedding)) else weight.shape[0])
 
 
-def _costs(before: Cost, after: Cost) -> dict[str, float]:
+def cost_change(before: Cost, after: Cost) -> dict[str, float]:
+    """Cost of the network before and after, under the keys of `Knob.cost`."""
     return {
         "step_flops_before": float(before.step_flops),
         "step_flops": float(after.step_flops),

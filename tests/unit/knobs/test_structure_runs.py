@@ -223,6 +223,12 @@ def test_a_roll_back_takes_back_a_change_that_has_not_proved_good(
             ("layers", "follow", 1), ("units", "follow", 8), ("lr", "guard", 0.002),
         ]  # fmt: skip
         assert last[0].note == "rolled back to the network of before"
+        made = controller.decisions[1:3]
+        assert last[0].cost == {
+            "step_flops_before": made[1].cost["step_flops"], "step_flops": made[0].cost["step_flops_before"],
+            "parameters_before": made[1].cost["parameters"], "parameters": made[0].cost["parameters_before"],
+        }  # fmt: skip
+        assert last[1].cost is None
         assert controller.plan == []
         assert controller.read_knobs() == {"lr": 0.002, "layers": 1.0, "units": 8.0}
     else:  # in the second, and the change was good in the first
