@@ -7,6 +7,7 @@ brings everything over in one transfer, judges the interval, teaches the agent, 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,6 +54,8 @@ class Controller:
             decide and learn, but write nothing but the base schedule (the guard is off, so that the run equals
             the base schedule's to the bit).
         average: Keep a running average of the weights beside them; needs the model. See `averaged`.
+        example_inputs: For the knobs `units` and `layers`: a batch of what the model's forward takes, a tensor or a
+            tuple of positional arguments. None takes the first samples of `loader`.
 
     Attributes:
         spec: The spec in use.
@@ -80,6 +83,7 @@ class Controller:
         safety: Safety | None = None,
         mode: Literal["learn", "use", "placebo"] = "learn",
         average: bool = False,
+        example_inputs: object = None,
     ) -> None:
         if not isinstance(average, bool):
             raise InputError(f"average is {average!r}; expected True or False")
@@ -93,6 +97,7 @@ class Controller:
         self.safety = safety or Safety()
         self.mode = mode
         self.state = RunState(optimizer, model, loader, total_steps)
+        self.state.example_inputs = example_inputs
         self._last_reward: float | None = None
         self._lowest_reward = 0.0
         self._is_first = True
@@ -132,7 +137,7 @@ class Controller:
             self._set_next()
             self._hand.write_all(0)
             if self._guard is not None:
-                self._snapshot.take()
+                self._keep_snapshot(is_stale=True)
 
     # ---- what the loop calls ------------------------------------------------------------------------------------
 
@@ -230,7 +235,7 @@ class Controller:
         value = math.inf if math.isnan(value) else value
         if not self._is_averaged:  # what is measured of other weights says nothing of how the run goes
             self._note_val_loss(value)
-        self._best.offer(value, is_averaged=self._is_averaged)
+        self._best.offer(value, is_averaged=self._is_averaged, plan=self._hand.plan)
 
     def _note_val_loss(self, value: float) -> None:
         self._meter.val_loss = value
@@ -256,6 +261,16 @@ class Controller:
             InputError: No model was given, or no validation loss was ever reported.
         """
         return self._best.copy()
+
+    @property
+    def plan(self) -> list[dict[str, Any]]:
+        """Changes of the model's shape so far, JSON: `trimtab.surgery.replay` makes them to a fresh model."""
+        return self._hand.plan
+
+    @property
+    def best_plan(self) -> list[dict[str, Any]]:
+        """The same up to the shape that `best_state` fits."""
+        return list(self._best.plan)
 
     @property
     def best_is_averaged(self) -> bool:
@@ -320,18 +335,18 @@ class Controller:
             self._give_up(verdict.reason)
         else:
             if verdict.kind == "roll_back":
-                self._snapshot.restore()
-                self._restart_average()
+                self._restore()
                 self._probe.forget()
                 state.summary = before._replace(initial_val_loss=state.summary.initial_val_loss)
                 self._is_first = True
+            elif self._guard is not None and self._hand.can_reshape:
+                self._keep_snapshot()  # now: from a network that turns out badly the way leads back to this one
             self._act(observation, verdict, is_over=is_over)
+            is_stale = self._take_in_changes()
             if is_over:
                 self.status = "over"
-            elif verdict.kind == "roll_back":
-                self._snapshot.take()
-            elif self._guard is not None:
-                self._snapshot.keep(is_stale=self._hand.take_touched())
+            elif self._guard is not None and (verdict is not GOOD or is_stale or not self._hand.can_reshape):
+                self._keep_snapshot(is_stale=is_stale or verdict is not GOOD)
         self._index += 1
         self._set_next()
         return self.decisions[first:]
@@ -380,17 +395,39 @@ class Controller:
 
     def _give_up(self, reason: str) -> None:
         """Put the best weights back, and keep them: a rate of 0 moves nothing whatever the loop goes on doing."""
-        if self._best.put_back():
+        best = functools.partial(self._hand.reshape, index=self._index, step=self._t, why="gave up: the best network")
+        if self._best.put_back(best):
             kept = "the weights of the best validation loss"
+            self._restart_average()
         else:
-            self._snapshot.restore()
+            self._restore()
             kept = "the weights of the last good interval"
-        self._restart_average()
         note = f"{reason}: gave up, kept {kept}, control ended"
         _log.warning("step %d: %s", self._t, note)
         self.status = "gave_up"
         self._probe.freeze()
         self._hand.give_up(note, self._index, self._t)
+
+    def _restore(self) -> None:
+        """Go back to the snapshot: the network's shape, then weights and the optimizer's state."""
+        self._hand.reshape(self._snapshot.plan, self._index, self._t, "rolled back to the network of before")
+        self._snapshot.restore()
+        self._restart_average()
+
+    def _keep_snapshot(self, *, is_stale: bool = False) -> None:
+        self._snapshot.keep(is_stale=is_stale)
+        self._snapshot.plan = self._hand.plan
+
+    def _take_in_changes(self) -> bool:
+        """Let go of what a knob's move has made useless; whether the snapshot is.
+
+        One of before a change of the shape is not: it has the weights that were good.
+        """
+        has_touched, has_reshaped = self._hand.take_touched()
+        if has_reshaped:
+            self._probe.forget()
+            self._restart_average()
+        return has_touched
 
     def _restart_average(self) -> None:
         if self._average is not None:
@@ -491,7 +528,13 @@ class Controller:
                     f"this state was saved with {key}: {theirs}, the controller has {ours}; make it with the same "
                     f"{key} as the one that was saved"
                 )
-        self._snapshot.check(state["snapshot"])
+        shape = self._hand.plan
+        self._hand.load_shape(state["hand"], None if state["guard"] is None else state["snapshot"].get("plan"))
+        try:
+            self._snapshot.check(state["snapshot"], self._hand.plan)
+        except InputError:
+            self._hand.reshape(shape)
+            raise
         self.status = state["status"]
         self._t = state["t"]
         self._index, self._next = state["index"], state["next"]

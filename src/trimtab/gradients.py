@@ -239,9 +239,9 @@ class GradientProbe:
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on in the middle of an interval."""
         self._work_out()
-        has_copy = self._before_count == self._count[0]
         everything = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         places = {id(parameter): place for place, parameter in enumerate(everything)}
+        has_copy = self._before_count == self._count[0] and all(id(parameter) in places for parameter in self._kept)
         return {
             "of": [places[id(parameter)] for parameter in self._kept] if has_copy else [],
             "found_inf": self.count_found_inf(),

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from trimtab.errors import ConflictError, InputError, warn
 from trimtab.knobs.base import CategoricalKnob, Knob
 from trimtab.knobs.optimizer import LearningRate
+from trimtab.knobs.structure import StructuralKnob, cost_change
 from trimtab.records import Decision
 from trimtab.run_state import RunState
 from trimtab.safety import Gate
@@ -115,12 +116,45 @@ class Hand:
         active = sorted(self._order)
         return active[index % len(active)]
 
-    def take_touched(self) -> bool:
-        """Whether a knob has changed the optimizer's state since this was asked last."""
+    def take_touched(self) -> tuple[bool, bool]:
+        """Whether a knob has changed the optimizer's state since this was asked last, and whether the model's shape."""
         touched = [knob for knob in self._knobs if knob.has_touched_state]
         for knob in touched:
             knob.has_touched_state = False
-        return bool(touched)
+        return not all(knob.changes_shape for knob in touched), any(knob.changes_shape for knob in touched)
+
+    @property
+    def can_reshape(self) -> bool:
+        """Whether a knob can put other parameters into the model."""
+        return self._state.structure is not None
+
+    @property
+    def plan(self) -> list[dict[str, Any]]:
+        """Every change of the model's shape so far, for `trimtab.surgery.replay`."""
+        structure = self._state.structure
+        return [] if structure is None else list(structure.surgeon.plan)
+
+    def reshape(self, plan: list[dict[str, Any]], index: int = 0, step: int = 0, why: str = "") -> None:
+        """Give the model the shape that a plan leads to; its weights are of no use then. `why` records what moves."""
+        if plan == self.plan:
+            return
+        surgeon = self._state.structure.surgeon
+        before = surgeon.cost if why else None
+        surgeon.follow(plan)
+        cost = None if before is None else cost_change(before, surgeon.cost)
+        for column in self._order:
+            knob, present = self._knobs[column], self.settings[column]
+            if not isinstance(knob, StructuralKnob):
+                continue
+            value = knob.adopt(self._state)
+            if value != present:
+                self.settings[column] = value
+                self._note(column)
+                self._state.note_move(knob.name, present, value)
+                if why:
+                    row = (present, value, value, value, knob.get(self._state))
+                    self.decisions.append(Decision(index, step, knob.name, "follow", None, *row, why, cost))
+                    cost = None  # of all of it together: in the first row
 
     def take_in_forced(self, index: int, step: int) -> None:
         """Record where a knob's place fell back to another value by itself, and move what follows it."""
@@ -190,6 +224,11 @@ class Hand:
         )
         if granted != present and not knob.low <= granted <= knob.high:
             granted, note = min(max(granted, knob.low), knob.high), f"bounds [{knob.low:g}, {knob.high:g}]"
+        if knob.changes_shape and (granted - present) * (asked - present) < 0:
+            granted = present  # found outside of the bounds: who asks for less of too little gets no more
+        if granted != present and knob.changes_shape:
+            granted, why = knob.reach(self._state, present, float(round(granted)))
+            note = why or note
         return (float(round(granted)) if knob.is_whole else granted), note
 
     def _follow(self, knob: Knob, factors: Mapping[str, float], index: int, step: int) -> None:
@@ -244,8 +283,9 @@ class Hand:
         written = setting * self._factor(column, step)
         knob.put(state, written)
         read_back = knob.get(state)
+        cost = knob.cost if knob.changes_shape else None
         self.decisions.append(
-            Decision(index, step, knob.name, source, action, before, asked, setting, written, read_back, note)
+            Decision(index, step, knob.name, source, action, before, asked, setting, written, read_back, note, cost)
         )
 
     def follow_base(self, step: int) -> bool:
@@ -275,6 +315,7 @@ class Hand:
         """Write every knob anew: at the start, and after a state was loaded."""
         for column in self._order:
             self._knobs[column].put(self._state, self.settings[column] * self._factor(column, step))
+        self.take_touched()  # whoever asks for this takes or loads a snapshot that fits
 
     def _factor(self, column: int, step: int) -> float:
         return self._factor_at(step) if column == self._rate else 1.0
@@ -316,12 +357,31 @@ class Hand:
             "decisions": [decision.to_json() for decision in self.decisions],
         }
 
+    def load_shape(self, state: Mapping[str, Any], earlier: list[dict[str, Any]] | None) -> None:
+        """Give the model the shape of a state of this hand, which all else is put back into; no knob takes it in.
+
+        Args:
+            state: See above.
+            earlier: A plan that it may have to go back to; None for none.
+
+        Raises:
+            InputError: It cannot have the shape, or not go back.
+        """
+        for knob in self._knobs:
+            plan = state["knobs"][knob.name].get("plan") if knob.changes_shape else None
+            if plan is not None and self._state.structure is not None:
+                self._state.structure.surgeon.follow(plan)
+        if earlier is not None and self._state.structure is not None:
+            self._state.structure.surgeon.check_way(earlier)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`; `write_all` makes it act."""
         self.settings = list(state["settings"])
         self._last_change = state["last_change"]
-        for knob in self._knobs:
+        for column, knob in enumerate(self._knobs):
             knob.load_state_dict(state["knobs"][knob.name])
+            if column in self._order:
+                knob.reshape(self._state)
         self.decisions = [Decision.from_json(row) for row in state["decisions"]]
 
 

@@ -22,8 +22,8 @@ class Decision:
         optimizer_step: Optimizer steps taken before it; the step numbered `optimizer_step` is the first it acts on.
         knob: Name of the knob.
         source: "agent", "guard" (rolled back, rate cut), "gave_up" (the guard's last act), "follow" (moved along with
-            another knob, which the note names), "memory" (out of memory: the batch size was halved), or "conflict"
-            (a second writer was found and the knob handed back).
+            another knob, or with a roll-back, which the note names), "memory" (out of memory: the batch size was
+            halved), or "conflict" (a second writer was found and the knob handed back).
         action: The action as the agent gave it; None where no agent acted.
         before: Value read where it acts, before writing.
         asked: Setting the action asks for, in the knob's unit, before the base schedule.
@@ -31,6 +31,8 @@ class Decision:
         written: Value written: the setting times the base schedule's factor now.
         read_back: Value read from where it acts, after writing.
         note: Why, in words, where there is more to say.
+        cost: Of a move that changed the network: FLOPs of a training step and parameters, before and after (keys of
+            `Knob.cost`); None of any other.
     """
 
     index: int
@@ -44,10 +46,12 @@ class Decision:
     written: float
     read_back: float
     note: str = ""
+    cost: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dict of JSON types."""
-        return asdict(self)
+        """Plain dict of JSON types; without `cost` where there is none."""
+        data = asdict(self)
+        return data if self.cost is not None else {key: value for key, value in data.items() if key != "cost"}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Decision:

@@ -77,6 +77,8 @@ _KNOBS = {
     "batch_size": Entry("trimtab.knobs.data:BatchSize", "samples in a batch, in the middle of an epoch"),
     "accumulation": Entry("trimtab.knobs.data:Accumulation", "micro-batches in an optimizer step"),
     "dropout": Entry("trimtab.knobs.model:Dropout", "probability of every dropout in the model"),
+    "layers": Entry("trimtab.knobs.structure:Layers", "hidden layers of the network while it trains"),
+    "units": Entry("trimtab.knobs.structure:Units", "units of the layers of the network while it trains"),
 }
 _SIGNALS = {
     "train_loss_log_ratio": Entry(
@@ -105,6 +107,8 @@ _SIGNALS = {
     "accumulation_unit": Entry(
         "trimtab.signals:accumulation_unit", "present number of micro-batches on the unit interval"
     ),
+    "layers_unit": Entry("trimtab.signals:layers_unit", "present number of hidden layers on the unit interval"),
+    "units_unit": Entry("trimtab.signals:units_unit", "present number of units on the unit interval"),
     "optimizer_unit": Entry("trimtab.signals:optimizer_unit", "place of the present optimizer among its choices"),
     "turn": Entry("trimtab.signals:turn", "place of the knob whose turn it is, where they move in turn"),
     "interval_loss_log_ratio": Entry(

@@ -132,6 +132,9 @@ class RunState:
         main_interval: Steps of an ordinary interval, that is of the decisions after the early ones.
         score_loss: Loss on the score split at the end of an episode of learning; NaN before, and in use.
         turn: Place, in [0, 1], of the knob that the coming decision moves, where knobs move in turn.
+        example_inputs: What the model's forward takes, as of a batch of training, for knobs that change its shape; None
+            where the loader has to say.
+        structure: What those knobs share (`trimtab.knobs.structure`), made by the first of them; None before.
         groups: Which runs are compared with one another in such an episode: the same number, the same task; (R,).
     """
 
@@ -158,6 +161,8 @@ class RunState:
         self.main_interval: Value = math.nan
         self.score_loss: Value = math.nan
         self.turn: Value = math.nan
+        self.example_inputs: Any = None
+        self.structure: Any = None
         self.groups: npt.NDArray[np.int64] | None = None
 
     @property

@@ -231,6 +231,10 @@ class Snapshot:
         optimizer: Whose parameters and state are copied.
         model: Whose buffers are copied too; None copies the optimizer's parameters alone.
         on_cpu: Keep the copy in host memory, where the device's is short.
+
+    Attributes:
+        plan: Changes of the model's shape (`trimtab.surgery`) up to the copy; the caller keeps it, and gives the model
+            that shape before `restore`.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module | None = None, *, on_cpu: bool = False) -> None:
@@ -249,6 +253,7 @@ class Snapshot:
         self._has_values = False  # whether an optimizer keeps more than tensors, to be looked at every time
         self._counts = (0, 0)
         self._layout: list[dict[str, Any]] = []
+        self.plan: list[dict[str, Any]] = []
 
     @property
     def size_bytes(self) -> int:
@@ -375,18 +380,21 @@ class Snapshot:
             "tensors": [tensor.clone() for tensor in self._tensors],
             "counts": list(self._counts),
             "layout": [copy.deepcopy(entry) for entry in self._layout],
+            "plan": copy.deepcopy(self.plan),
+            "shapes": [list(parameter.shape) for parameter in self._parameters()],
         }
 
-    def check(self, state: dict[str, Any]) -> None:
-        """Refuse a state that was taken of other parameters.
+    def check(self, state: dict[str, Any], plan: Sequence[dict[str, Any]] = ()) -> None:
+        """Refuse a state that was saved beside other parameters; `plan` is that of the model's shape now.
 
         Raises:
             InputError: A parameter is missing here, or has another shape.
         """
         shapes = [tuple(parameter.shape) for parameter in self._parameters()]
-        n_parameters = state["counts"][0]
-        kept = [tuple(tensor.shape) for tensor in state["tensors"][:n_parameters]]
-        if kept != shapes[:n_parameters]:
+        kept = [tuple(tensor.shape) for tensor in state["tensors"][: state["counts"][0]]]
+        if state.get("plan", []) != list(plan):  # the copy has the shape of before a change
+            kept = [tuple(shape) for shape in state["shapes"]]
+        if kept != shapes[: len(kept)]:
             raise InputError(
                 f"this state is of an optimizer with the parameters {kept}, this one has {shapes}; build model and "
                 "optimizer, with every param group that was added, before loading"
@@ -398,6 +406,7 @@ class Snapshot:
         self._copied, self._view, self._is_copied = [], None, False
         self._counts = (state["counts"][0], state["counts"][1])
         self._layout = [dict(entry) for entry in state["layout"]]
+        self.plan = copy.deepcopy(state.get("plan", []))
 
 
 def _square(row: Floats) -> float:

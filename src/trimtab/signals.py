@@ -126,6 +126,8 @@ grad_clip_unit = Signal(lambda s: _unit(s, "grad_clip"), 0.0, 1.0)
 dropout_unit = Signal(lambda s: _unit(s, "dropout"), 0.0, 1.0)
 batch_size_unit = Signal(lambda s: _unit(s, "batch_size"), 0.0, 1.0)
 accumulation_unit = Signal(lambda s: _unit(s, "accumulation"), 0.0, 1.0)
+layers_unit = Signal(lambda s: _unit(s, "layers"), 0.0, 1.0)
+units_unit = Signal(lambda s: _unit(s, "units"), 0.0, 1.0)
 # place of the optimizer among its choices, 0 for the first and 1 for the last
 optimizer_unit = Signal(lambda s: _unit(s, "optimizer"), 0.0, 1.0)
 # place among the knobs of the one that the coming decision moves, 0 for the first and 1 for the last

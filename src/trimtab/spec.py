@@ -344,7 +344,8 @@ _SIGNAL_OF_KNOB = {
     **{
         name: {f"{name}_unit"}
         for name in (
-            "accumulation", "batch_size", "beta2", "dropout", "grad_clip", "momentum", "optimizer", "weight_decay"
+            "accumulation", "batch_size", "beta2", "dropout", "grad_clip", "layers", "momentum", "optimizer", "units",
+            "weight_decay",
         )
     },
 }  # fmt: skip

@@ -16,6 +16,7 @@ from trimtab.knobs.momentum import Momentum
 from trimtab.knobs.optimizer import LearningRate, WeightDecay
 from trimtab.knobs.switch import OptimizerChoice
 from trimtab.run_state import Array, RunState
+from trimtab.surgery import Surgeon
 from trimtab.testing import ContractError, check_knob
 
 
@@ -47,6 +48,16 @@ def whole_run() -> RunState:
     return RunState(two_groups(), model, PlainLoop())
 
 
+def shapely_run() -> RunState:
+    """A network whose shape can be changed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2))
+    state = RunState(torch.optim.Adam(model.parameters(), 0.01), model)
+    state.example_inputs = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    return state
+
+
 def set_groups(key: str, value: Any) -> Callable[[RunState], None]:
     return lambda state: state.optimizer.param_groups[1].update({key: value})
 
@@ -66,12 +77,15 @@ DISTURBED: dict[str, Callable[[RunState], Any]] = {
     "batch_size": lambda state: state.loader.resize(77),
     "accumulation": lambda state: setattr(state.loader, "accumulation", 15),
     "dropout": lambda state: setattr(state.model[3], "p", 0.33),
+    "units": lambda state: state.model.__setitem__(0, nn.Linear(5, 12)),
+    "layers": lambda state: Surgeon(state.model, state.example_inputs, state.optimizer).deepen("0"),
 }
+RUNS = {"units": shapely_run, "layers": shapely_run}
 
 
 @pytest.mark.parametrize("name", registry.names("knob"))
 def test_registered_knobs(name: str) -> None:
-    check_knob(registry.load("knob", name)(), whole_run, key=KEYS.get(name), disturb=DISTURBED[name])
+    check_knob(registry.load("knob", name)(), RUNS.get(name, whole_run), key=KEYS.get(name), disturb=DISTURBED[name])
 
 
 def test_knobs_with_bounds() -> None:

@@ -45,7 +45,7 @@ EXPECTED = {
     "lr_log_ratio_start": math.log10(2.0),
     "lr_unit": math.log(0.02 / 1e-7) / math.log(31.6 / 1e-7),
     **{f"{knob}_unit": 0.4 for knob in ("momentum", "beta2", "grad_clip", "dropout", "batch_size", "accumulation")},
-    "optimizer_unit": 0.4,
+    **{f"{knob}_unit": 0.4 for knob in ("optimizer", "layers", "units")},
     "turn": 0.5,
     "weight_decay_unit": math.log(0.1 / 1e-6) / math.log(1.0 / 1e-6),
     "watched_loss": 1.95,

@@ -219,8 +219,8 @@ class _Held(Controller):
         if self._is_waiting:
             self._hand.act(action, decided, self._t, is_placebo=False)
             self._is_waiting = False
-            if self._guard is not None and self._hand.take_touched():
-                self._snapshot.keep(is_stale=True)
+            if self._take_in_changes() and self._guard is not None:
+                self._keep_snapshot(is_stale=True)
         else:
             self._hand.check(action, decided)  # a wrong action is refused even where it cannot count
 

@@ -38,6 +38,9 @@ class Knob(ABC):
         below: Every value has to be smaller than this.
         moves_rate: Whether a move of this knob asks for one of the rate, which must then be a knob too.
         has_touched_state: Set by `put` where it changed the optimizer's state: a snapshot taken before is of no use.
+        changes_shape: Whether a move puts other parameters into the model.
+        cost: Cost of the network before and after the last `put`, where that changed it: "step_flops_before",
+            "step_flops", "parameters_before", "parameters"; None where it did not.
 
     Raises:
         InputError: The bounds are not finite, not in order, not positive on a log scale, or not whole where only
@@ -50,6 +53,8 @@ class Knob(ABC):
     below: float = math.inf
     moves_rate: bool = False
     has_touched_state: bool = False
+    changes_shape: ClassVar[bool] = False
+    cost: dict[str, float] | None = None
 
     def __init__(self, low: float, high: float) -> None:
         for key, bound in (("low", low), ("high", high)):
@@ -88,7 +93,7 @@ class Knob(ABC):
         """Write one value, unchecked, to where it acts: the path taken at every optimizer step of a single run."""
 
     def write(self, state: RunState, values: Array) -> None:
-        """Write a value to where it acts; (R,). Never synchronises with a device.
+        """Write a value to where it acts; (R,). Never synchronises with a device, but where `changes_shape`.
 
         Raises:
             InputError: A value is NaN, infinite, negative, beyond what makes sense, or of the wrong shape or type;
@@ -111,6 +116,14 @@ class Knob(ABC):
         del state
         return None
 
+    def reach(self, state: RunState, before: float, asked: float) -> tuple[float, str]:
+        """The setting nearest to the one asked that the place can take now, and why it is another, if it is.
+
+        Asked before `put`, of a setting inside the bounds.
+        """
+        del state, before
+        return asked, ""
+
     def consequences(self, state: RunState, before: float, now: float) -> Mapping[str, float]:
         """Factors by which other knobs' settings are to be multiplied because this one is about to move.
 
@@ -130,6 +143,10 @@ class Knob(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`; `write` afterwards to make it act."""
+
+    def reshape(self, state: RunState) -> None:
+        """Give the model the shape that a loaded state belongs to, before anything else of the state is put back."""
+        del state
 
     def clip(self, values: Array) -> Array:
         """Nearest setting inside the bounds; (R,)."""

@@ -26,7 +26,7 @@ from trimtab.surgery.module_rules import CONVOLUTIONS, has_batch_norm_rule
 from trimtab.surgery.operation_rules import operation_name
 from trimtab.surgery.trace import evaluating
 
-__all__ = ["Block", "Deepened", "Removal", "block_at", "make_deepened", "removals", "set_module"]
+__all__ = ["Block", "Deepened", "Removal", "block_at", "deepenings", "make_deepened", "removals", "set_module"]
 
 _IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -169,7 +169,37 @@ def make_deepened(c: Couplings, block: Block, model: nn.Module, inputs: tuple[An
         InputError: The layer's units are the network's output, its activation is not idempotent, or its batch norm
             has no weights or no running statistics.
     """
-    name, activation = block.name, None
+    activation = _activation_to_repeat(c, block)
+    layer = _identity(block.layer).train(block.layer.training)
+    norm = None if block.norm is None else _identity_norm(block, activation, model, inputs)
+    new = Deepened(block.host, activation, layer, norm)
+    new.training = block.layer.training  # and not new.train(), which would reach the host: it may be frozen
+    return new
+
+
+def deepenings(c: Couplings) -> tuple[list[str], dict[str, str]]:
+    """Layers that a layer can be put in behind, in the order of the forward, and why not behind others."""
+    found, refused = [], {}
+    for node in c.trace.graph.nodes:
+        if node.op == "call_module" and _has_identity(c.trace.module(node)):
+            name = str(node.target)
+            try:
+                block = block_at(c, name)
+                _activation_to_repeat(c, block)
+                _check_norm(block)
+                found.append(name)
+            except InputError as error:
+                refused[name] = str(error)
+    return found, refused
+
+
+def _activation_to_repeat(c: Couplings, block: Block) -> nn.Module | None:
+    """What stands between a layer and the one that is put in behind it; None where nothing does.
+
+    Raises:
+        InputError: The layer's units are the network's output, or its activation is not idempotent.
+    """
+    name = block.name
     units = {
         s for axes in leaves([c.values[block.node]]) for layout in axes.layouts for s in c.spaces.in_layout(layout)
     }
@@ -181,13 +211,10 @@ def make_deepened(c: Couplings, block: Block, model: nn.Module, inputs: tuple[An
                 f"no layer can be put in behind {name!r}: its activation is {kind}, and {kind}({kind}(x)) is not "
                 f"{kind}(x), so that an identity layer would change the function; ReLU, ReLU6 and Hardtanh allow it"
             )
-    elif units & {c.spaces.root(space) for space in c.outputs}:
+        return activation
+    if units & {c.spaces.root(space) for space in c.outputs}:
         raise InputError(f"no layer can be put in behind {name!r}: what it makes is the network's output")
-    layer = _identity(block.layer).train(block.layer.training)
-    norm = None if block.norm is None else _identity_norm(block, activation, model, inputs)
-    new = Deepened(block.host, activation, layer, norm)
-    new.training = block.layer.training  # and not new.train(), which would reach the host: it may be frozen
-    return new
+    return None
 
 
 def _identity(like: Any) -> nn.Module:
@@ -225,12 +252,7 @@ def _identity_norm(block: Block, activation: nn.Module | None, model: nn.Module,
     channel without variance there gets v = 1.
     """
     old: Any = block.norm
-    if old.weight is None or old.running_mean is None:
-        missing = "weights" if old.weight is None else "running statistics"
-        raise InputError(
-            f"no layer can be put in behind {block.name!r}: its batch norm {block.norm_name!r} has no {missing}, so "
-            "that a second one cannot be set to the identity"
-        )
+    _check_norm(block)
     seen: list[Tensor] = []
     handle = old.register_forward_hook(lambda module, arguments, output: seen.append(output))
     try:
@@ -251,6 +273,16 @@ def _identity_norm(block: Block, activation: nn.Module | None, model: nn.Module,
     new.bias.copy_(mean)
     new.num_batches_tracked.zero_()
     return new  # type: ignore[no-any-return]
+
+
+def _check_norm(block: Block) -> None:
+    norm: Any = block.norm
+    if norm is not None and (norm.weight is None or norm.running_mean is None):
+        missing = "weights" if norm.weight is None else "running statistics"
+        raise InputError(
+            f"no layer can be put in behind {block.name!r}: its batch norm {block.norm_name!r} has no {missing}, so "
+            "that a second one cannot be set to the identity"
+        )
 
 
 def set_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from trimtab.errors import InputError
 from trimtab.surgery.units import Share
@@ -109,6 +110,9 @@ class OptimizerState:
                 group["params"].insert(at, new)
                 if "param_names" in group:
                     group["param_names"].insert(at, "")
+        count = self.optimizer.state.get(twin, {}).get("step")
+        if type(self.optimizer) is SGD and isinstance(count, Tensor):  # it was an Adam, into which its state has to fit
+            self.optimizer.state[new] = {"step": torch.zeros_like(count)}
 
     def remove(self, gone: Iterable[nn.Parameter]) -> None:
         """Take parameters and their state out; a group that becomes empty stays, with its options."""

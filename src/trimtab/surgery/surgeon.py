@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from torch.optim import Optimizer
 
 from trimtab.cost import Cost, as_inputs, count_cost
 from trimtab.errors import InputError, unknown_name
+from trimtab.surgery.checks import check_entry, check_number, check_units
 from trimtab.surgery.couplings import Couplings, Group, Slot
-from trimtab.surgery.layers import block_at, make_deepened, removals, set_module
+from trimtab.surgery.layers import block_at, deepenings, make_deepened, removals, set_module
 from trimtab.surgery.layout import Layout
 from trimtab.surgery.optimizer_state import OptimizerState, check_optimizer
 from trimtab.surgery.trace import trace
@@ -35,12 +37,13 @@ from trimtab.surgery.units import (
     importance,
     remap,
 )
+from trimtab.surgery.way_back import History, WayBack
 
-__all__ = ["Change", "Surgeon", "replay"]
+__all__ = ["Change", "Surgeon"]
 
 _IMPORTANCE = ("product", "incoming", "outgoing")
-_OPERATIONS = ("widen", "narrow", "deepen", "remove_layer")
 _UNCOUNTED = Cost(0, 0, 0, 0)
+_HISTORIES: WeakKeyDictionary[nn.Module, History] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ class Surgeon:
             those of this batch.
         optimizer: Taken along; None without. May be exchanged by setting `optimizer`.
 
+    A network that `replay` has changed keeps its history: its plan begins with the one that was replayed.
+
+    Attributes:
+        version: Grows with every change of the shape, by whatever method.
+
     Raises:
         InputError: The network cannot be traced or fails on the inputs.
     """
@@ -94,10 +102,19 @@ class Surgeon:
         self._couplings = Couplings(trace(model, self._inputs))
         self._copies: dict[nn.Module, Copies] = {}
         self._plan: list[dict[str, Any]] = []
+        self._ways: list[WayBack | None] = []  # of each entry of the plan; None of one that was taken over
         self._cost: Cost | None = None
         self._counts = True  # replaying counts no costs
         self._undo: list[Callable[[], object]] | None = None  # while a change is made
+        self._together: list[Callable[[], object]] | None = None  # while several are
+        self._way: WayBack | None = None
         self._last: Change
+        self.version = 0
+        history = _HISTORIES.get(model)
+        if history is not None and history.fits(model):
+            self._plan = history.plan
+            self._ways = [way if optimizer is None or way.groups is not None else None for way in history.ways]
+            self._copies = {module: Copies(sources) for module, sources in history.copies.items()}
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -107,12 +124,24 @@ class Surgeon:
     @property
     def layers(self) -> tuple[str, ...]:
         """Linear, convolution and recurrent layers that the forward calls, in its order."""
-        return tuple(dict.fromkeys(name for g in self.groups if g.kind != "Embedding" for name in g.producers))
+        return self._layers_of(self.groups)
+
+    def _layers_of(self, groups: Sequence[Group]) -> tuple[str, ...]:
+        modules = self._couplings.trace.modules
+        names = dict.fromkeys(name for group in groups for name in group.producers)
+        return tuple(name for name in names if not isinstance(modules[name], nn.Embedding))
 
     @property
     def plan(self) -> list[dict[str, Any]]:
         """Every change so far, for JSON and `replay`: operation, target, units."""
         return [dict(entry, units=list(entry["units"])) for entry in self._plan]
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """Those of `layers` whose units are not the network's output."""
+        c = self._couplings
+        outputs = {c.spaces.root(space) for space in c.outputs}
+        return self._layers_of([group for group in self.groups if c.space_of(group) not in outputs])
 
     @property
     def cost(self) -> Cost:
@@ -159,7 +188,7 @@ class Surgeon:
             InputError: The group cannot be widened, or n or noise is none that it can be widened with.
         """
         group = self.group(name)
-        _check_number(n, group.size + 1, None, f"widen {name!r}, which has {group.size} units")
+        check_number(n, group.size + 1, None, f"widen {name!r}, which has {group.size} units")
         if not 0.0 <= noise < float("inf"):
             raise InputError(f"noise is {noise!r}; expected 0 or more, 0.01 for one percent of the weights' size")
         copied = draw_copied(group.size, n - group.size, generator)
@@ -196,9 +225,9 @@ class Surgeon:
             raise InputError(f"narrow takes either n or units; given: n={n!r}, units={units!r}")
         scores = self._scores(group, importance)
         if units is not None:
-            removed = _check_units(units, group)
+            removed = check_units(units, group)
         else:
-            _check_number(n, 1, group.size - 1, f"narrow {name!r}, which has {group.size} units")
+            check_number(n, 1, group.size - 1, f"narrow {name!r}, which has {group.size} units")
             removed = []
         with self._change("narrow", name, group.size, group.size - len(removed) if n is None else int(n)) as gone:
             if n is None:
@@ -238,6 +267,10 @@ class Surgeon:
             state.rename(self.model)
         return self._last
 
+    def deepenable(self) -> tuple[list[str], dict[str, str]]:
+        """Layers that `deepen` takes, in the order of the forward; and the others, with the reason why not."""
+        return deepenings(self._couplings)
+
     def removable(self) -> dict[str, float]:
         """Layers that can be taken out, the least important first, with their distance from the identity."""
         return {removal.name: removal.score for removal in removals(self._couplings)[0]}
@@ -270,16 +303,121 @@ class Surgeon:
             state.rename(self.model)
         return self._last
 
+    # Several changes, and shapes of other times
+
+    def check(self) -> None:
+        """Refuse an optimizer that could not be taken along now.
+
+        Raises:
+            InputError: Naming what it keeps, or that it has none of the network's parameters.
+        """
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer, self.model)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Make several changes whole or not at all; none of them counts its cost, which `cost` does when asked."""
+        copies = {module: list(kept.sources) for module, kept in self._copies.items()}
+        kept = self._couplings, self._cost, self._counts, len(self._plan)
+        self._together, self._counts = [], False
+        try:
+            yield
+        except BaseException:
+            for undo in reversed(self._together):
+                undo()
+            self._copies = {module: Copies(sources) for module, sources in copies.items()}
+            self._couplings, self._cost = kept[:2]
+            del self._plan[kept[3] :], self._ways[kept[3] :]
+            raise
+        finally:
+            self._together, self._counts = None, kept[2]
+
+    def follow(self, plan: Sequence[Mapping[str, Any]]) -> None:
+        """Give the network the shape that a plan leads to: of its own past, or of another that began as it did.
+
+        Changes beyond what both have in common are taken back, the last first, and the plan's are made. Weights that
+        are changed thereby, and the optimizer's state of them, are of no use afterwards: load those that belong to
+        the shape. Modules stay the same objects.
+
+        Args:
+            plan: `plan` of then, perhaps from JSON.
+
+        Raises:
+            InputError: An entry of the plan is none; then nothing is changed. Or it does not fit the network, which is
+                left half changed; or it would have to go back over changes that were replayed without the optimizer.
+        """
+        entries, common, known = self._way_to(plan)
+        for way in reversed(known):
+            self._copies = way.go(self.model, self.optimizer)
+        del self._plan[common:], self._ways[common:]
+        if known:
+            self._cost = None
+            self._look_again()
+        counted, self._counts = self._counts, False
+        try:
+            for place, (operation, target, units) in enumerate(entries[common:], start=common):
+                self._repeat(place, operation, target, units)
+        finally:
+            self._counts = counted
+
+    def check_way(self, plan: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a plan that `follow` could not go back to.
+
+        Raises:
+            InputError: See `follow`.
+        """
+        self._way_to(plan)
+
+    def _way_to(self, plan: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, str, list[int]]], int, list[WayBack]]:
+        """Entries of a plan, how many of them are made already, and the ways back over the changes beyond those."""
+        entries = [check_entry(entry, place) for place, entry in enumerate(plan)]
+        mine = [(entry["operation"], entry["target"], list(entry["units"])) for entry in self._plan]
+        same = next((n for n, (a, b) in enumerate(zip(entries, mine, strict=False)) if a != b), None)
+        common = min(len(entries), len(mine)) if same is None else same
+        known = [way for way in self._ways[common:] if way is not None]
+        if len(known) < len(self._ways) - common:
+            raise InputError(
+                f"{type(self.model).__name__} was replayed without its optimizer, and has no way back from there; give "
+                "replay(...) the optimizer, or take a fresh network of the original shape"
+            )
+        return entries, common, known
+
+    def remember(self) -> None:
+        """Let surgeons of this network that are made later know of its changes, as long as nobody makes others."""
+        ways = [way for way in self._ways if way is not None]
+        if len(ways) == len(self._plan):
+            copies = {module: list(kept.sources) for module, kept in self._copies.items()}
+            _HISTORIES[self.model] = History(self.model, self.plan, ways, copies)
+
+    def _repeat(self, place: int, operation: str, target: str, units: list[int]) -> None:
+        """Make the change of one entry of a plan."""
+        try:
+            if operation == "widen":
+                group = self.group(target)
+                with self._change("widen", target, group.size, group.size + len(units)) as copied:
+                    self._widen(group, check_units(units, group, several=True))
+                    copied += units
+            elif operation == "narrow":
+                self.narrow(target, units=units)
+            elif operation == "deepen":
+                self.deepen(target)
+            else:
+                self.remove_layer(target)
+        except InputError as error:
+            raise InputError(
+                f"the plan does not fit the network: entry {place} ({operation} {target!r}): {error}"
+            ) from error
+
     # How a change is made, and taken back
 
     @contextmanager
     def _change(self, operation: str, target: str, old_size: int, new_size: int) -> Iterator[list[int]]:
         """Make a change whole or not at all; the list that it lends is for the units that were copied or removed."""
-        if self.optimizer is not None:
-            check_optimizer(self.optimizer, self.model)
+        self.check()
         before = self.cost if self._counts else _UNCOUNTED
         state = OptimizerState(self.optimizer)
         self._undo = [state.snapshot()]
+        self._way = WayBack.before(self.model, self.optimizer, self._copies)
         copies = {module: list(kept.sources) for module, kept in self._copies.items()}
         couplings, units = self._couplings, list[int]()
         try:
@@ -294,13 +432,18 @@ class Surgeon:
             self._couplings, self._cost = couplings, before if self._counts else None
             raise
         finally:
-            self._undo = None
+            undone, self._undo = self._undo, None
+            way, self._way = self._way, None
+        if self._together is not None:
+            self._together += undone
         there = set(self.model.modules())
         self._copies = {module: kept for module, kept in self._copies.items() if module in there}
         self._last = Change(operation, target, old_size, new_size, tuple(units), before, after)
         self._plan.append({"operation": operation, "target": target, "units": list(units)})
+        self._ways.append(way)
 
     def _look_again(self) -> None:
+        self.version += 1
         self._couplings = Couplings(trace(self.model, self._inputs))
 
     def _later_undo(self, undo: Callable[[], object]) -> None:
@@ -316,11 +459,15 @@ class Surgeon:
             known = [known for known, module in self.model.named_modules(remove_duplicate=False) if module is old]
             raise InputError(f"module {name!r} is registered in several places ({', '.join(known)}); it has to stay")
         self._later_undo(lambda: set_module(self.model, name, old))
+        if self._way is not None:
+            self._way.note_module(name, old)
         set_module(self.model, name, new)
 
     def _set_attribute(self, module: nn.Module, attribute: str, value: Any) -> None:
         old = getattr(module, attribute)
         self._later_undo(lambda: setattr(module, attribute, old))
+        if self._way is not None:
+            self._way.note_attribute(module, attribute, old)
         setattr(module, attribute, value)
 
     def _copies_of(self, group: Group) -> Copies:
@@ -439,77 +586,3 @@ class Surgeon:
                 f"{group.size} units of {group.name!r}"
             )
         return importance.detach().double().cpu()
-
-
-def replay(
-    model: nn.Module, example_inputs: object, plan: Sequence[Mapping[str, Any]], optimizer: Optimizer | None = None
-) -> Surgeon:
-    """Change a fresh network as another was changed, so that the other's `state_dict` fits.
-
-    Args:
-        model: As the other was before its first change; its weights are not looked at. After an error it is left half
-            changed: take another fresh one.
-        example_inputs: As for `Surgeon`.
-        plan: `Surgeon.plan` of the other, perhaps from JSON.
-        optimizer: Of the fresh network; its groups get the order of the other's, so that its `state_dict` fits too.
-
-    Returns:
-        A surgeon for the network, which knows of all copies that the other's surgeon knew of.
-
-    Raises:
-        InputError: An entry of the plan is none, or does not fit the network.
-    """
-    surgeon = Surgeon(model, example_inputs, optimizer)
-    surgeon._counts = False
-    for place, entry in enumerate(plan):
-        operation, target, units = _check_entry(entry, place)
-        try:
-            if operation == "widen":
-                group = surgeon.group(target)
-                with surgeon._change("widen", target, group.size, group.size + len(units)) as copied:
-                    surgeon._widen(group, _check_units(units, group, several=True))
-                    copied += units
-            elif operation == "narrow":
-                surgeon.narrow(target, units=units)
-            elif operation == "deepen":
-                surgeon.deepen(target)
-            else:
-                surgeon.remove_layer(target)
-        except InputError as error:
-            raise InputError(
-                f"the plan does not fit the network: entry {place} ({operation} {target!r}): {error}"
-            ) from error
-    surgeon._counts = True
-    return surgeon
-
-
-def _check_entry(entry: Any, place: int) -> tuple[str, str, list[int]]:
-    try:
-        operation, target, units = entry["operation"], entry["target"], list(entry["units"])
-    except (KeyError, TypeError):
-        operation, target, units = None, None, []
-    if operation not in _OPERATIONS or not isinstance(target, str) or (operation in _OPERATIONS[:2]) != bool(units):
-        raise InputError(
-            f"entry {place} of the plan is {entry!r}; expected {{'operation': one of {', '.join(_OPERATIONS)}, "
-            "'target': a name, 'units': a list of places, empty for layers}, as Surgeon.plan has them"
-        )
-    return operation, target, units
-
-
-def _check_number(n: object, lowest: int, highest: int | None, what: str) -> None:
-    is_whole = isinstance(n, int) and not isinstance(n, bool)
-    if not is_whole or n < lowest or (highest is not None and n > highest):  # type: ignore[operator]
-        expected = f"{lowest} or more" if highest is None else f"{lowest} to {highest}"
-        raise InputError(f"n is {n!r}; to {what}, give a whole number, {expected}")
-
-
-def _check_units(units: Sequence[int], group: Group, *, several: bool = False) -> list[int]:
-    """Places of units: some and not all of them, each once unless they are copied."""
-    listed = list(units)
-    known = all(isinstance(unit, int) and not isinstance(unit, bool) and 0 <= unit < group.size for unit in listed)
-    if not known or not listed or (not several and not len(set(listed)) == len(listed) < group.size):
-        raise InputError(
-            f"units is {listed!r}; give different places from 0 to {group.size - 1}, not all {group.size} units of "
-            f"{group.name!r}"
-        )
-    return listed

@@ -104,7 +104,10 @@ def make_state(
     for knob, now, start, low, high in (("lr", 0.02, 0.01, 1e-7, 31.6), ("weight_decay", 0.1, 0.1, 1e-6, 1.0)):
         state.settings[knob], state.initial_settings[knob] = value(now), value(start)
         state.to_unit[knob] = lambda x, low=low, high=high: np.log(x / low) / np.log(high / low)  # type: ignore[misc]
-    for knob in ("momentum", "beta2", "grad_clip", "dropout", "batch_size", "accumulation", "optimizer"):
+    for knob in (
+        *("momentum", "beta2", "grad_clip", "dropout", "batch_size", "accumulation", "optimizer"),
+        *("layers", "units"),
+    ):
         state.settings[knob] = value(0.4)
         state.to_unit[knob] = lambda x: x
     state.turn = value(0.5)

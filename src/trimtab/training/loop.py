@@ -26,6 +26,7 @@ from trimtab.errors import InputError, unknown_name
 from trimtab.out_of_memory import count_rows, free_memory, half_of, split_batch
 from trimtab.places import dropout_places
 from trimtab.seeding import derive_seed, scoped_global_rng, torch_generator
+from trimtab.surgery import Surgeon
 from trimtab.tasks.base import Data, Split, Task
 from trimtab.training.batches import Batches, EpochBatches, WindowBatches, fixed_batches, fixed_windows
 
@@ -85,6 +86,7 @@ class TrainingLoop:
         self._batches = self._make_batches(seed)
         self._dropout_states = _generator_states(derive_seed(seed, "dropout"), self.device)
         self._dropout_places = dropout_places(self.model)
+        self._surgeon: Surgeon | None = None
 
     def _make_batches(self, seed: int) -> Batches:
         generator = torch_generator(seed, "data order")
@@ -128,6 +130,22 @@ class TrainingLoop:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= most:
             raise InputError(f"batch_size is {batch_size!r}; expected a whole number from 1 to {most}")
         self._batches.batch_size = batch_size
+
+    @property
+    def surgeon(self) -> Surgeon:
+        """What changes the shape of the model; all who do so use this one, so that `state_dict` follows.
+
+        Raises:
+            InputError: The model cannot be traced.
+        """
+        if self._surgeon is None:
+            task, inputs = self.task, self._splits["train"].inputs
+            if task.block_size is None:
+                inputs = inputs[: task.batch_size]
+            else:
+                inputs, _ = next(fixed_windows(inputs, task.block_size, task.batch_size, 1))
+            self._surgeon = Surgeon(self.model, inputs, self.optimizer)
+        return self._surgeon
 
     def is_over(self) -> bool:
         """Whether the budget is used up."""
@@ -277,6 +295,7 @@ class TrainingLoop:
             "batches": self._batches.state_dict(),
             "dropout": self._dropout_states,
             "settings": {name: getattr(self, name) for name in _SETTINGS},
+            "plan": [] if self._surgeon is None else self._surgeon.plan,
         })  # fmt: skip
         return state
 
@@ -294,6 +313,8 @@ class TrainingLoop:
         if len(state["dropout"]) != len(self._dropout_states):
             raise InputError(f"the state was saved on another kind of device than {self.device}; go on there")
         state = _copy(state)  # an optimizer keeps the tensors it is given, and changes them
+        if state.get("plan") or self._surgeon is not None:
+            self.surgeon.follow(state.get("plan", []))
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
