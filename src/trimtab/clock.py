@@ -1,9 +1,9 @@
 """Clock: how much of a run's budget is used, and after how many optimizer steps the next decision falls.
 
-Called by the controller and its hand. The unit is an optimizer step of the cost that steps had at the start. A loop that
-knows what its steps cost (`TrainingLoop`: training FLOPs) says what is spent; without one every step counts 1, and time
-is the number of steps. Progress, the base schedule and the times of decisions all follow this clock, so that a run with
-larger batches, which takes fewer steps, sees the same schedule and decides at the same shares of its budget.
+Called by the controller and its hand. The unit is an optimizer step of the cost that steps had at the start. A loop
+that knows what its steps cost (`TrainingLoop`: training FLOPs) says what is spent; without one every step counts 1, and
+time is the number of steps. Progress, the base schedule and the times of decisions all follow this clock, so that a run
+with larger batches, which takes fewer steps, sees the same schedule and decides at the same shares of its budget.
 """
 
 from __future__ import annotations

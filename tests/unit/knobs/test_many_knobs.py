@@ -17,6 +17,7 @@ from toy import Toy
 from trimtab import Controller, ControlSpec, InputError, registry
 from trimtab.agents.base import Actions, Timing
 from trimtab.agents.scripted import RandomMoves, Replay
+from trimtab.records import Decision
 from trimtab.safety import Gate, Safety
 from trimtab.training.loop import TrainingLoop
 
