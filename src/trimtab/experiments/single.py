@@ -144,11 +144,15 @@ def _make_agent(job: Job, task: Task) -> Agent:
 def _make_spec(job: Job, task: Task, agent: Agent) -> ControlSpec:
     changes: dict[str, Any] = {"knobs": tuple(job["knobs"])}
     brain = None if job["brain"] is None else Brain.load(job["brain"])
-    if brain is not None and brain.spec.knobs == changes["knobs"]:  # bounds and the rest are the brain's
-        changes |= {key: getattr(brain.spec, key) for key in ("knob_options", "turns", "masks")}
+    if brain is not None:  # what an arm cannot say is the brain's
+        changes |= {key: getattr(brain.spec, key) for key in ("penalty", "turns", "masks")}
+        if brain.spec.knobs == changes["knobs"]:
+            changes["knob_options"] = brain.spec.knob_options
     if job["reward"] is not None:
         changes["reward"] = job["reward"]
-    if job["base"] is not None:
+    if brain is not None and brain.spec.base.name == job["base"]:
+        changes["base"] = brain.spec.base
+    elif job["base"] is not None:
         own = agent.needs.base
         options = dict(own.options) if own.name == job["base"] else {}
         changes["base"] = Base(job["base"], _cosine_of(task, options) if job["base"] == "cosine" else options)
@@ -156,7 +160,7 @@ def _make_spec(job: Job, task: Task, agent: Agent) -> ControlSpec:
         changes["timing"] = Timing(every=job["every"])
     elif agent.needs.timing.every is not None and "every" not in job["options"]:
         changes["timing"] = Timing(every=task.eval_every)
-    spec = replace(ControlSpec.for_agent(agent), **changes)
+    spec = ControlSpec.for_agent(agent, **changes)
     if brain is not None:
         brain.check_spec(spec)
     return spec
