@@ -385,7 +385,7 @@ class _Runs:
                 own = [self._schedule(used + step * cost, total) for step in range(count)]
                 known[used, cost] = [0.0] * (longest - count) + own
         self._spent[number] = spent + np.array(counts) * costs
-        return training.run(np.array(counts), np.array([known[pair] for pair in pairs]).T.reshape(longest, -1))
+        return training.run(np.array(counts), np.array([known[pair] for pair in pairs]).T)
 
     def _note_first_losses(self, losses: Array) -> None:
         """The highest loss at which an interval on good weights began: as `Controller._measure` has it."""

@@ -207,7 +207,8 @@ class BatchedTraining:
         own = torch.from_numpy(counts).to(self._device)
         is_uneven = int(counts.min()) < n
         begun = self.snapshot() if is_uneven else {}
-        self.optimizer.plan([1.0] * n if factors is None else factors, n - own if is_uneven else None)
+        if n:
+            self.optimizer.plan([1.0] * n if factors is None else factors, n - own if is_uneven else None)
         for left, rows in zip(range(n, 0, -1), self._orders.next(counts), strict=True):
             if is_uneven:
                 if left < n and (counts == left).any():

@@ -105,7 +105,7 @@ class BatchedOptimizer:
         counts = self.steps + places.view(-1, 1, 1)  # (n, R, 1)
         if delays is not None:
             counts = (counts - delays.view(-1, 1)).clamp(min=1.0)
-        rates = self.lr * torch.as_tensor(factors).to(places).view(len(factors), -1, 1)
+        rates = self.lr * torch.from_numpy(np.asarray(factors, np.float64)).to(places).view(len(factors), -1, 1)
         root = (1 - self._beta2**counts).sqrt()
         # m / (1 - beta1^t) / (sqrt(v) / root + eps): root is taken out of the division of large tensors.
         scales = rates * root / (1 - self._beta1**counts)

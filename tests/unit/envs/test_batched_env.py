@@ -352,5 +352,23 @@ def test_a_run_whose_step_costs_more_than_an_interval_sleeps_until_it_is_paid_fo
     assert infos["spent"].tolist() == [12, 12]
 
 
+def test_all_runs_may_sleep_at_once() -> None:
+    spec = dataclasses.replace(
+        default_spec(), knobs=("lr", "batch_size"), knob_options={"batch_size": {"low": 4, "high": 64}},
+        actions=Actions("set"),
+    )  # fmt: skip
+    env = TrainingVectorEnv(2, ("mlp",), spec, runs_per_task=2, horizon=(60, 80), initial_lr=(1e-4, 1e-3))
+    seed = next(seed for seed in range(50) if draw(env, seed)[0].tasks[0].batch_size == 8)
+    _, infos = env.reset(seed=seed)
+    terminated, slept = np.zeros(2, dtype=bool), []
+    while not terminated.any():
+        observation, reward, terminated, _, infos = env.step(np.stack([infos["lr"], [64.0, 64.0]], axis=1))
+        slept.append(infos["asleep"].tolist())
+        assert np.isfinite(observation).all()
+    assert [True, True] in slept
+    assert sorted(reward.tolist()) == [-0.5, 0.5]  # they are ranked at the end, sleeping or not
+    assert (infos["spent"] > infos["total_steps"] - 8).all()
+
+
 def draw(env: TrainingVectorEnv, seed: int) -> list[Batch]:
     return draw_episode(env.options, env.num_envs, env.control_spec.timing, derive_seed(seed, "episode", 0, "of runs"))
