@@ -533,29 +533,9 @@ class Controller:
 
 
 _STATE_KEYS = {
-    "spec",
-    "agent",
-    "status",
-    "t",
-    "index",
-    "next",
-    "last_reward",
-    "lowest_reward",
-    "is_first",
-    "last_interval",
-    "last_observation",
-    "has_warned",
-    "hand",
-    "run",
-    "clock",
-    "guard",
-    "snapshot",
-    "meter",
-    "best",
-    "average",
-    "agent_state",
-    "pending",
-    "learned",
+    *("spec", "agent", "status", "t", "index", "next", "last_reward", "lowest_reward", "is_first"),
+    *("last_interval", "last_observation", "has_warned", "hand", "run", "clock", "guard", "snapshot"),
+    *("meter", "best", "average", "agent_state", "pending", "learned"),
 }
 
 
