@@ -483,11 +483,6 @@ def _names(families: Sequence[str]) -> tuple[str, ...]:
 def _check_spec(spec: ControlSpec) -> None:
     """Refuse what batches of runs cannot honour."""
     for name in spec.knobs:
-        if name in ("layers", "units"):
-            raise InputError(
-                f"the knob {name!r} changes the shapes of a network, and in batches of runs all have theirs for good; "
-                "leave it out, or take gymnasium.make, one run at a time"
-            )
         if name not in _READ:
             raise InputError(
                 f"the knob {name!r} is not known to batches of runs, which have {', '.join(_READ)}; leave it out"
