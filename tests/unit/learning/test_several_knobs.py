@@ -12,10 +12,12 @@ from torch import nn
 
 import trimtab
 from trimtab import registry
+from trimtab.agents.policy import PolicyAgent
 from trimtab.brain import Brain
 from trimtab.errors import InputError
 from trimtab.experiments.run import run
 from trimtab.learning.learn import learn
+from trimtab.learning.parts import bounded_agent
 from trimtab.storage import read_json, read_lines
 from trimtab.training.loop import TrainingLoop
 
@@ -137,3 +139,18 @@ def test_without_masks_it_is_refused(made: Path) -> None:
     loop = make_loop()
     with pytest.raises(InputError, match="the knob 'batch_size' cannot act on loader=NoneType"):
         trimtab.RLScheduler(loop.optimizer, 100, brain=Brain(brain.agent, spec), model=loop.model)
+
+
+def test_outside_of_what_was_learned_on_the_rule_moves_the_rate_and_nothing_else(made: Path) -> None:
+    agent = Brain.load(made / "brain").agent
+    assert isinstance(agent, PolicyAgent)
+    bounded = bounded_agent(agent, dict.fromkeys(agent.features.signals, (-0.5, 0.5)))
+    row = {"update_to_weight": 0.3, "grad_update_cosine": 0.2}
+    inside = np.array([[row.get(name, 0.0) for name in agent.features.signals]])
+    beyond = np.where(np.array(agent.features.signals) == "loss_noise", 2.0, inside)
+    state = bounded.predict(inside, deterministic=True)[1]  # the rule's first decision only measures
+    mine, _ = bounded.predict(inside, state, deterministic=True)
+    rules, _ = bounded.predict(beyond, state, deterministic=True)
+    assert mine[0, 1:].all()
+    assert rules.tolist() == [[pytest.approx(0.15), 0.0, 0.0, 0.0]]  # uwhg: its target of 0.45 less what is seen
+    assert bounded.note == "outside what was learned on (loss_noise): the rule uwhg decides"
