@@ -4,6 +4,14 @@ Twice: `trimtab` is the rule `uwhg` with a decision every 10 optimizer steps; `d
 times (26 in a run), told the model, so that it keeps the averaged weights too.
 
     python benchmarks/overhead.py [--task digits-mlp] [--pairs 30] [--data-dir DIR] [--out FILE.json]
+    python benchmarks/overhead.py --all-knobs [--without optimizer ...]
+
+The second line measures a `Controller` that has every knob and every signal, on a convolutional network and on a
+bidirectional LSTM, with data made up where no folder is given: `every-10` decides every 10 steps, `default-times` at
+those of the learned brains. A policy of the usual size is asked, every knob is written and read back, a validation loss
+is reported at every decision, and the averaged and the best weights are kept; but "no change" is what is written, so
+that the loops train alike. What a move itself costs, such as the conversion of a switched optimizer, is not in it.
+`--without` leaves a knob out, which says where the cost is.
 
 Everything counts: hooks, loss accumulation, gradient statistics, snapshots, signals, a decision every 10 optimizer
 steps, writing and reading back; the decisions are counted. The four loops start from the same state and are run in
@@ -23,28 +31,84 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import trimtab
 from trimtab import registry
-from trimtab.agents.base import Timing
+from trimtab.agents.base import Actions, Timing
+from trimtab.agents.policy import PPOAgent
 from trimtab.spec import ControlSpec, make_agent
+from trimtab.tasks.base import Data, Split
 from trimtab.training.loop import TrainingLoop
 
-# Steps of one timed loop: about half a second of digits-mlp, three of the GPT.
-STEPS = {"digits-mlp": 1000, "shakespeare-gpt": 60}
-GOALS = {"digits-mlp": 0.03, "shakespeare-gpt": 0.01}
+# Steps of one timed loop: about half a second of digits-mlp, two or three of the others.
+STEPS = {"digits-mlp": 1000, "shakespeare-gpt": 60, "cifar10-cnn": 200, "sst2-bilstm": 400}
+GOALS = {"digits-mlp": 0.03, "shakespeare-gpt": 0.01, "cifar10-cnn": 0.02, "sst2-bilstm": 0.02}
 EVERY = 10
 
 
 KINDS = ("plain", "cosine", "trimtab", "default")
+TASKS = ("digits-mlp", "shakespeare-gpt")
+ALL_KINDS = ("plain", "every-10", "default-times")  # of --all-knobs
+ALL_TASKS = ("cifar10-cnn", "sst2-bilstm")
+STRUCTURAL = ("layers", "units")  # knobs that change a network's shape: without a move they cost nothing
+WITHOUT: set[str] = {*STRUCTURAL}
+
+
+class Still(PPOAgent):
+    """Works out what a policy would do, and asks for no change."""
+
+    def predict(self, *given, **named):
+        """See `Agent.predict`."""
+        actions, state = super().predict(*given, **named)
+        return np.zeros_like(actions), state
+
+
+def every_knob() -> tuple[str, ...]:
+    """All knobs that are registered, the rate first, but for those that are left out."""
+    return ("lr", *(name for name in sorted(registry.names("knob")) if name not in {"lr", *WITHOUT}))
+
+
+class AllKnobs:
+    """A controller of every knob that is told a validation loss, better than all before, at every decision."""
+
+    def __init__(self, loop: TrainingLoop, steps: int, timing: Timing) -> None:
+        knobs = every_knob()
+        others = {f"{name}_unit" for name in registry.names("knob")} - {f"{name}_unit" for name in knobs}
+        signals = tuple(name for name in sorted(registry.names("signal")) if name not in {"turn", *others})
+        agent = Still(signals=signals, n_knobs=len(knobs))
+        actions = Actions("decades", low=-2.0, high=2.0)
+        spec = ControlSpec(knobs, signals=signals, actions=actions, timing=timing, masks=True)
+        self._controller = trimtab.Controller(
+            agent, optimizer=loop.optimizer, model=loop.model, loader=loop, total_steps=steps, spec=spec, mode="use",
+            average=True,
+        )  # fmt: skip
+        self._val_loss = 1.0
+
+    @property
+    def decisions(self):
+        """Of the controller."""
+        return self._controller.decisions
+
+    def step(self, loss) -> None:
+        """After an optimizer step."""
+        if self._controller.is_due:
+            self._val_loss *= 0.99
+            self._controller.report(self._val_loss)
+        self._controller.step(loss)
 
 
 def make_scheduler(kind: str, loop: TrainingLoop, steps: int):
     """The scheduler under test, or None."""
     optimizer = loop.optimizer
+    if kind == "every-10":
+        return AllKnobs(loop, steps, Timing(every=EVERY))
+    if kind == "default-times":
+        return AllKnobs(loop, steps, Timing(every=None, n_decisions=20, early_decisions=7))
     if kind == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     if kind == "default":
@@ -62,7 +126,7 @@ def run(task, data, kind: str, steps: int) -> tuple[float, int]:
     for _ in range(3):
         loop.step()  # optimizer state and allocator are warm before the clock starts
     scheduler = make_scheduler(kind, loop, steps)
-    is_ours = kind in ("trimtab", "default")
+    is_ours = kind not in ("plain", "cosine")
     started = time.process_time()
     if is_ours:
         for _ in range(steps):
@@ -105,7 +169,7 @@ def share_in_calls(task, data, kind: str, steps: int) -> float:
     started = time.perf_counter()
     for _ in range(steps):
         loss = loop.step()
-        step(loss) if kind in ("trimtab", "default") else step()
+        step() if kind == "cosine" else step(loss)
     return inside / (time.perf_counter() - started - inside)
 
 
@@ -117,17 +181,43 @@ def stand_in_text(folder: Path) -> Path:
     return folder
 
 
-def measure(name: str, pairs: int, data_dir: Path | None) -> dict:
-    """Run the four loops `pairs` times in turn."""
+def stand_in_data(name: str) -> Data:
+    """Images or sentences where no data directory is given: what a step costs does not depend on what they show."""
+    draw, n = np.random.default_rng(0), 2_000
+    labels = torch.from_numpy(draw.integers(0, 10 if name == "cifar10-cnn" else 2, n))
+    if name == "cifar10-cnn":
+        inputs = torch.from_numpy(draw.standard_normal((n, 3, 32, 32), dtype=np.float32))
+        info = {"n_classes": 10}
+    else:
+        length, vocabulary = 32, 4_000
+        inputs = torch.from_numpy(draw.integers(2, vocabulary, (n, length)))
+        # Sentences have nine words in the mean; what is behind them is padding.
+        words = torch.from_numpy(np.clip(draw.poisson(9, n), 1, length))
+        inputs[torch.arange(length) >= words.unsqueeze(1)] = 0
+        info = {"n_classes": 2, "vocab_size": vocabulary, "length": length}
+    split = Split(inputs, labels)
+    return Data(split, split, split, info)
+
+
+def load(task, name: str, data_dir: Path | None, folder: Path) -> Data:
+    """The task's data, or what stands in for them."""
+    if data_dir is None and name in ALL_TASKS:
+        return stand_in_data(name)
+    return task.load(stand_in_text(folder) if data_dir is None and name == "shakespeare-gpt" else data_dir)
+
+
+def measure(name: str, kinds: tuple[str, ...], pairs: int, data_dir: Path | None, folder: Path) -> dict:
+    """Run the loops `pairs` times in turn."""
     task = registry.load("task", name)("small")
-    data = task.load(data_dir)
+    data = load(task, name, data_dir, folder)
     steps = STEPS[name]
-    seconds = {kind: [] for kind in KINDS}
-    decisions = dict.fromkeys(KINDS, 0)
-    for kind in KINDS:
+    seconds = {kind: [] for kind in kinds}
+    decisions = dict.fromkeys(kinds, 0)
+    for kind in kinds:
         run(task, data, kind, min(steps, 50))
     for turn in range(pairs):
-        for kind in KINDS[turn % 4 :] + KINDS[: turn % 4]:
+        first = turn % len(kinds)
+        for kind in kinds[first:] + kinds[:first]:
             spent, count = run(task, data, kind, steps)
             seconds[kind].append(spent)
             decisions[kind] += count
@@ -140,10 +230,13 @@ def measure(name: str, pairs: int, data_dir: Path | None) -> dict:
         "rounds": pairs,
         "plain_us_a_step": statistics.median(plain) / steps * 1e6,
         "goal_share": GOALS[name],
+        "data": "made up" if data_dir is None and name != "digits-mlp" else "real",
     }
-    for kind in KINDS[1:]:
+    if kinds == ALL_KINDS:
+        result["knobs"] = list(every_knob())
+    for kind in kinds[1:]:
         shares = [(with_it - without) / without for with_it, without in zip(seconds[kind], plain, strict=True)]
-        low, middle, high = statistics.quantiles(shares, n=4)
+        low, middle, high = statistics.quantiles(shares, n=4) if pairs > 1 else shares * 3
         result[kind] = {
             "share_median": middle,
             "share_quartiles": [low, high],
@@ -153,33 +246,36 @@ def measure(name: str, pairs: int, data_dir: Path | None) -> dict:
             "decisions": decisions[kind],
             "decisions_a_loop": decisions[kind] / pairs,
         }
-    for kind in KINDS[1:]:
+    for kind in kinds[1:]:
         result[kind]["share_in_calls"] = statistics.median(share_in_calls(task, data, kind, steps) for _ in range(5))
     result["seconds"] = seconds
     return result
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(STEPS), action="append", help="default: both")
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "overhead.json")
-    arguments = parser.parse_args()
+    parser.add_argument("--all-knobs", action="store_true", help="every knob and signal, on a CNN and a BiLSTM")
+    parser.add_argument("--structural", action="store_true", help="with --all-knobs: layers and units too")
+    parser.add_argument("--without", action="append", default=[], metavar="KNOB", help="with --all-knobs: not this one")
+    parser.add_argument("--out", type=Path, help="default: results/overhead.json, or overhead_knobs.json")
+    arguments = parser.parse_args(given)
     torch.set_num_threads(1)
     results, pairs = [], arguments.pairs
-    for name in arguments.task or sorted(STEPS):
+    kinds, tasks = (ALL_KINDS, ALL_TASKS) if arguments.all_knobs else (KINDS, TASKS)
+    WITHOUT.clear()
+    WITHOUT.update(arguments.without, () if arguments.structural else STRUCTURAL)
+    for name in arguments.task or tasks:
         with tempfile.TemporaryDirectory() as folder:
-            data_dir = arguments.data_dir
-            if name == "shakespeare-gpt" and data_dir is None:
-                data_dir = stand_in_text(Path(folder))
-            results.append(measure(name, pairs, data_dir))
+            results.append(measure(name, kinds, pairs, arguments.data_dir, Path(folder)))
         row = results[-1]
-        for kind in KINDS[1:]:
+        for kind in kinds[1:]:
             low, high = row[kind]["share_quartiles"]
             print(
-                f"{name:16s} {kind:8s} {row[kind]['share_median']:+7.2%} of a step of {row['plain_us_a_step']:.0f} us "
+                f"{name:16s} {kind:13s} {row[kind]['share_median']:+7.2%} of a step of {row['plain_us_a_step']:.0f} us "
                 f"(quartiles {low:+.2%} to {high:+.2%}), {row[kind]['us_a_step']:.1f} us a step; "
                 f"fastest loops {row[kind]['share_of_minima']:+.2%}; in our calls {row[kind]['share_in_calls']:.2%}"
             )
@@ -191,9 +287,13 @@ def main() -> None:
         "machine": platform.machine(),
         "threads": 1,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-    print(f"written to {arguments.out}")
+    out = arguments.out
+    if out is None:
+        name = "overhead_knobs.json" if arguments.all_knobs else "overhead.json"
+        out = Path(__file__).parent / "results" / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

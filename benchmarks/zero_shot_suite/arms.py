@@ -5,13 +5,17 @@
 | cosine, wsd, plateau, constant, schedule-free | tuned on the grid | plateau |
 | default | drawn | yes: `RLScheduler(optimizer, total_steps, model=model)`, `report` at the task's `eval_every` |
 | default-loss | drawn | no: `RLScheduler(optimizer, total_steps)`, only ever `step(loss)` |
-| brain:NAME | drawn | yes, as default, with `brain=DIR` |
+| brain:NAME | drawn | yes, as default, with `brain=DIR`, and `loader=loop` for what moves the batch size |
 | uwhg | drawn | yes, as default, with the rule as brain |
 | q_learning | drawn | yes; from an empty table, over a cosine |
 | placebo:default | drawn | yes; decides, and only its base schedule is written |
 | yoked:default | drawn | no; replays what `default` decided under the next report seed, from that run's rate |
 | default-cosine | a default per optimizer (1e-3; SGD 0.1) | no |
 | prodigy, prodigy-cosine | 1 | no; constant, and with the cosine that its authors recommend |
+
+Every arm has the same training FLOPs: those of the part's optimizer steps as its task has them. A brain that moves the
+batch size takes more steps or fewer. Knobs of a brain that cannot act on a part (dropout, where there is none) are left
+out there.
 
 Baselines run without the guard, as everybody uses them; learned arms, rules and twins have it.
 """
@@ -118,6 +122,10 @@ class Driver:
         """How the run ended: "over", "gave_up", or "done" without a controller."""
         return "done" if self._control is None else self._control.status
 
+    def masked(self) -> list[str]:
+        """Names of the knobs that cannot act on this part."""
+        return sorted(self._control.masked) if self._control is not None else []
+
     def replay(self) -> dict[str, Any] | None:
         """What a twin would do again: the settings that were granted, decision by decision; None for a baseline."""
         scheduler = self._control
@@ -199,7 +207,7 @@ def _ours(arm: str, job: Mapping[str, Any], loop: TrainingLoop) -> Driver:
     if arm == "uwhg":
         options["brain"] = _rule()
     elif arm.startswith("brain:"):
-        options["brain"] = job["brain"]
+        options |= {"brain": job["brain"], "loader": loop}
     scheduler = trimtab.RLScheduler(loop.optimizer, total_steps=loop.total_steps, **options)
     return Driver(loop, scheduler, reports=reports, has_best=reports)
 

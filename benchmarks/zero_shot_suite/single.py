@@ -21,7 +21,7 @@ from torch import Tensor
 from trimtab import registry
 from trimtab.averaging import WeightAverage
 from trimtab.tasks.base import Data
-from trimtab.training.loop import TrainingLoop
+from trimtab.training.loop import ROUNDING, TrainingLoop
 from zero_shot_suite.arms import Driver, make_driver
 from zero_shot_suite.parts import find_part, run_seed
 
@@ -49,7 +49,9 @@ def run_job(job: dict[str, Any], data_dir: str | None, progress: Callable[[dict[
         The job's arm, rate, role and index, and: val0 (validation loss at the start), val, test (final weights),
         best_val, best_test, best_step (weights of the best validation loss; None where the arm is told of none),
         average_val, average_test (running average of the weights at the end; None where there is none),
-        curve ([optimizer step, validation loss], report seeds only), status, rollbacks, replay (of "default", which has
+        curve ([optimizer steps as the task has them, validation loss], report seeds only), status, rollbacks, steps,
+        samples, spent (optimizer steps as the task has them), flops (of training, of a brain), masked (knobs of a brain
+        that cannot act here), replay (of "default", which has
         a twin: what it decided), seconds (CPU). A loss that is not finite is None.
     """
     del progress
@@ -63,17 +65,27 @@ def run_job(job: dict[str, Any], data_dir: str | None, progress: Callable[[dict[
     watch = _Watch(loop, driver)
     watch.look()
     while not (loop.is_over() or driver.has_given_up()):
+        before = loop.spent
         loss = loop.step()
         watch.take_in()
-        if loop.steps_done % task.eval_every == 0 or loop.is_over():
+        # Every `eval_every` steps of the task's own cost, whatever steps cost.
+        looks = [math.floor((spent + ROUNDING) / task.eval_every) for spent in (before, loop.spent)]
+        if looks[0] < looks[1] or loop.is_over():
             watch.look()
         driver.step(loss)
+    if not driver.has_given_up():
+        watch.look_at_end()
     return {
         **{key: job[key] for key in ("arm", "rate", "role", "index")},
         **watch.end(),
         "curve": [[step, _finite(loss)] for step, loss in watch.curve] if job["role"] == "report" else None,
         "status": driver.status,
         "rollbacks": driver.n_restored(),
+        "steps": loop.steps_done,
+        "samples": loop.samples_seen,
+        "spent": loop.spent,
+        "flops": loop.flops_used if job["arm"].startswith("brain:") else None,  # of all others it is the part's
+        "masked": driver.masked(),
         "replay": driver.replay() if job["arm"] == "default" else None,
         "seconds": round(time.process_time() - started, 3),
     }
@@ -85,8 +97,8 @@ class _Watch:
     def __init__(self, loop: TrainingLoop, driver: Driver) -> None:
         self._loop = loop
         self._driver = driver
-        self.curve: list[tuple[int, float]] = []
-        self._best = (math.inf, 0)  # loss, optimizer step
+        self.curve: list[tuple[float, float]] = []
+        self._best: tuple[float, float] = (math.inf, 0)  # loss, when
         self._weights: dict[str, Tensor] | None = None
         self._n_restored = 0
         self._average = WeightAverage(loop.optimizer, loop.model, loop.total_steps)
@@ -95,12 +107,12 @@ class _Watch:
     def take_in(self) -> None:
         """After an optimizer step: let the average look at the weights, if it is time."""
         loop, average = self._loop, self._average
-        if loop.steps_done < average.next_look:
+        if loop.spent < average.next_look:
             return
         if self._driver.n_restored() != self._n_averaged:
             self._n_averaged = self._driver.n_restored()
             average.restart()
-        average.look(loop.steps_done)
+        average.look(loop.spent)
 
     def look(self) -> None:
         """Measure the validation loss, tell the arm, and keep the weights if they are the best."""
@@ -108,11 +120,22 @@ class _Watch:
         with driver.evaluating():
             loss = loop.evaluate("val")["loss"]
             if loss < self._best[0] and driver.has_best:
-                self._best = (loss, loop.steps_done)
+                self._best = (loss, self._now)
                 self._weights = {key: value.detach().clone() for key, value in loop.model.state_dict().items()}
-        self.curve.append((loop.steps_done, loss))
+        self.curve.append((self._now, loss))
         self._n_restored = driver.n_restored()
         driver.report(loss)
+
+    @property
+    def _now(self) -> float:
+        """Optimizer steps as the task has them: what of the budget is spent."""
+        spent = self._loop.spent
+        return int(spent) if spent == int(spent) else round(spent, 3)
+
+    def look_at_end(self) -> None:
+        """Measure once more where the run ended between two looks."""
+        if self.curve[-1][0] != self._now:
+            self.look()
 
     def end(self) -> dict[str, Any]:
         """Read the test split, once for each set of weights that the run ends with."""
@@ -120,14 +143,14 @@ class _Watch:
         is_restored = driver.n_restored() > self._n_restored  # other weights were put in after the last look
         with driver.evaluating():
             if is_restored:
-                self.curve.append((loop.steps_done, loop.evaluate("val")["loss"]))
+                self.curve.append((self._now, loop.evaluate("val")["loss"]))
             final = loop.evaluate("test")["loss"]
         average = self._averaged()
         with driver.evaluating():
             best = final
             if self._weights is None:
                 best = math.inf
-            elif self._best[1] != loop.steps_done or is_restored:
+            elif self._best[1] != self._now or is_restored:
                 loop.model.load_state_dict(driver.best_state() or self._weights)
                 best = loop.evaluate("test")["loss"]
         return {

@@ -208,6 +208,7 @@ def _part_row(item: _Column, column: str) -> dict[str, Any]:
             "stderr": float(losses.std(ddof=1) / math.sqrt(len(losses))),
             "search_equivalent": None if is_tuned else figures.crossing(item.curve, item.ratio(arm)),
             "time_to_target": _time(arm, [item]) if column == "final" else None,
+            "budget": _budget(arm, item) if arm.startswith("brain:") else None,
         }
     return {
         "part": kept.part.name,
@@ -224,6 +225,16 @@ def _part_row(item: _Column, column: str) -> dict[str, Any]:
         "cosine_at_random": float(item.curve[0]),
         "arms": arms,
     }
+
+
+def _budget(arm: str, item: _Column) -> dict[str, Any] | None:
+    """What a brain's report runs took, means over runs; None of runs that were made before it was kept."""
+    runs = [run for run in item.kept.runs.values() if run["arm"] == arm and "spent" in run]
+    if not runs:
+        return None
+    means = {name: float(np.mean([run[name] for run in runs])) for name in ("steps", "samples", "flops")}
+    share = float(np.mean([run["spent"] for run in runs])) / item.kept.part.task().total_steps
+    return {**means, "share": share, "masked": sorted({name for run in runs for name in run["masked"]})}
 
 
 def _diverged(item: _Column, name: str) -> dict[str, int]:

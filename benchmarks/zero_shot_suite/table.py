@@ -43,6 +43,8 @@ def render(summary: Mapping[str, Any]) -> str:
     lines += ["", "## Each part, final weights, over the best-tuned arm", "", *_over_best(final, arms)]
     lines += ["", "## Each part, weights of the best validation loss", "", *_parts(best, arms)]
     lines += ["", "## Each part, the same or averaged weights", "", *_parts(averaged, arms)]
+    if budgets := _budgets(final):
+        lines += ["", "## What brains used of the budget", "", *budgets]
     lines += ["", "## Tuning", "", *_tuning(final)]
     lines += ["", "## One arm over another", "", *_differences(final)]
     lines += ["", "## How to read this", "", *_notes(), ""]
@@ -186,6 +188,25 @@ def _parts(data: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
             cells.append("-" if row is None else f"{row['ratio']:.3f}" + _short(row["search_equivalent"]))
         lines.append(_row(cells))
     return lines
+
+
+def _budgets(data: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for part in data["parts"]:
+        for arm, row in part["arms"].items():
+            if budget := row.get("budget"):
+                rows.append(_row((
+                    part["part"], f"`{arm}`", str(part["total_steps"]), f"{budget['steps']:.0f}",
+                    f"{budget['samples']:.0f}", f"{budget['flops'] / 1e9:.4g}", f"{budget['share']:.1%}",
+                    ", ".join(budget["masked"]) or "none",
+                )))  # fmt: skip
+    head = ("part", "arm", "budget, steps as the task has them", "steps", "samples", "training GFLOPs", "share of the "
+            "budget", "knobs left out")  # fmt: skip
+    lines = [
+        "Every arm has the training FLOPs of the part's optimizer steps as its task has them; means over runs.",
+        "",
+    ]
+    return [*lines, _row(head), _rule(len(head)), *rows] if rows else []
 
 
 def _over_best(data: Mapping[str, Any], arms: Sequence[str]) -> list[str]:

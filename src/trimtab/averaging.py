@@ -45,8 +45,8 @@ class WeightAverage:
         self._model = model
         self._average: list[Tensor] = []
         self._sources: list[Tensor] = []
-        self._last = 0  # optimizer steps at the last look; 0 before the first
-        self.next_look = 1 if total_steps is None else max(1, total_steps // 2)
+        self._last: float = 0  # optimizer steps at the last look; 0 before the first
+        self.next_look: float = 1 if total_steps is None else max(1, total_steps // 2)
 
     @property
     def is_there(self) -> bool:
@@ -57,8 +57,11 @@ class WeightAverage:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
     @torch.no_grad()
-    def look(self, t: int) -> None:
-        """Take in the weights as they are after t optimizer steps; to be called when t reaches `next_look`."""
+    def look(self, t: float) -> None:
+        """Take in the weights as they are after t optimizer steps; to be called when t reaches `next_look`.
+
+        Where the cost of a step changes, t is what of the budget is spent.
+        """
         sources = self._parameters()
         if not self._last or [*map(id, sources)] != [*map(id, self._sources)]:
             self._average = [source.detach().clone() for source in sources]

@@ -18,10 +18,11 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trimtab.agents.base import Agent, Array, Timing
+from trimtab.agents.base import Agent, Array
 from trimtab.averaging import WeightAverage
 from trimtab.best_weights import BestWeights
 from trimtab.brain import Brain
+from trimtab.clock import Clock
 from trimtab.errors import InputError, unknown_name, warn
 from trimtab.given import check_run, epoch_steps_of, resolve
 from trimtab.hand import Hand
@@ -46,7 +47,8 @@ class Controller:
         model: Takes part in roll-back with its buffers, and makes `best_state` possible.
         loader: The data loader, or a TrainingLoop; needed for `every="epoch"`, and by the knobs of the data.
         knobs: Names of the knobs to move; None: the brain's own, or ("lr",).
-        total_steps: Budget in optimizer steps; needed by schedules that end.
+        total_steps: Budget in optimizer steps; needed by schedules that end. Under a TrainingLoop, given as the
+            loader, those of the task's own cost: its training FLOPs are the budget (docs/knobs.md).
         every: Optimizer steps between decisions, or "epoch"; None: the agent's own timing.
         spec: A whole ControlSpec instead of the agent's own wishes; excludes `knobs` and `every`.
         safety: Gate, guard, and what to do about a second writer.
@@ -111,7 +113,8 @@ class Controller:
         else:
             found = ""
         start = self.agent.initial_setting(type(optimizer).__name__)
-        self._hand = Hand(self.spec, self.state, self.safety.gate, start)
+        self._clock = Clock(loader, total_steps)
+        self._hand = Hand(self.spec, self.state, self._clock, self.safety.gate, start)
         if found:
             self._hand.yield_to("lr", found, 0, 0, self.safety.on_conflict)
             self.status = "conflict"
@@ -199,8 +202,8 @@ class Controller:
             return []
         self._meter.add(loss)
         self._t = t
-        if self._average is not None and t >= self._average.next_look:
-            self._average.look(t)
+        if self._average is not None and (spent := self._clock.at(t)) >= self._average.next_look:
+            self._average.look(spent)
         if t >= self._next:
             return self._decide()
         if not self._hand.follow_base(t):
@@ -311,9 +314,10 @@ class Controller:
             return self.decisions[-1:]
         first = len(self.decisions)
         self._hand.take_in_forced(self._index, self._t)
-        state.optimizer_steps = self._t
+        self._clock.read(self._t)
+        state.optimizer_steps, state.spent = self._t, self._clock.spent
         before = state.summary
-        is_over = state.total_steps is not None and self._t >= state.total_steps
+        is_over = self._clock.is_used_up
         interval, weights_are_finite = self._measure()
         state.record(interval)
         verdict = GOOD
@@ -343,7 +347,8 @@ class Controller:
                 self._keep_snapshot()  # now: from a network that turns out badly the way leads back to this one
             self._act(observation, verdict, is_over=is_over)
             is_stale = self._take_in_changes()
-            if is_over:
+            self._clock.read(self._t)  # a knob may have changed what a step costs
+            if self._clock.is_used_up:
                 self.status = "over"
             elif self._guard is not None and (verdict is not GOOD or is_stale or not self._hand.can_reshape):
                 self._keep_snapshot(is_stale=is_stale or verdict is not GOOD)
@@ -470,11 +475,15 @@ class Controller:
         self._hand.note_turn(self._index)
         self._next = 0  # no decision will come, and `step` looks why
         if self.status == "running":
-            timing: Timing = self.spec.timing
-            self._next = timing.next_decision(self._index, self._t, self.state.total_steps, self._epoch_steps)
-            self._probe.aim(self._next - self._t)
+            self._clock.aim(self.spec.timing, self._epoch_steps)
+            self._aim()
         else:
             self._probe.rest()
+
+    def _aim(self) -> None:
+        count = self._clock.steps_left
+        self._next = self._t + count
+        self._probe.aim(count)
 
     # ---- saving and going on ------------------------------------------------------------------------------------
 
@@ -495,6 +504,7 @@ class Controller:
             "has_warned": self._has_warned,
             "hand": self._hand.state_dict(),
             "run": self.state.state_dict(),
+            "clock": self._clock.state_dict(),
             "guard": None if self._guard is None else self._guard.state_dict(),
             "snapshot": self._snapshot.state_dict(),
             "meter": self._meter.state_dict(),
@@ -547,6 +557,7 @@ class Controller:
         self._hand.load_state_dict(state["hand"])
         device = next(p.device for group in self.state.optimizer.param_groups for p in group["params"])
         self.state.load_state_dict(state["run"])
+        self._clock.load_state_dict(state["clock"])
         if self._guard is not None and state["guard"] is not None:
             self._guard.load_state_dict(state["guard"])
         self._snapshot.load_state_dict(state["snapshot"])
@@ -565,28 +576,9 @@ class Controller:
 
 
 _STATE_KEYS = {
-    "spec",
-    "agent",
-    "status",
-    "t",
-    "index",
-    "next",
-    "last_reward",
-    "lowest_reward",
-    "is_first",
-    "last_interval",
-    "last_observation",
-    "has_warned",
-    "hand",
-    "run",
-    "guard",
-    "snapshot",
-    "meter",
-    "best",
-    "average",
-    "agent_state",
-    "pending",
-    "learned",
+    *("spec", "agent", "status", "t", "index", "next", "last_reward", "lowest_reward", "is_first"),
+    *("last_interval", "last_observation", "has_warned", "hand", "run", "clock", "guard", "snapshot"),
+    *("meter", "best", "average", "agent_state", "pending", "learned"),
 }
 
 

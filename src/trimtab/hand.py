@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from trimtab.clock import Clock
 from trimtab.errors import ConflictError, InputError, warn
 from trimtab.knobs.base import CategoricalKnob, Knob
 from trimtab.knobs.optimizer import LearningRate
@@ -39,6 +40,7 @@ class Hand:
     Args:
         spec: Names the knobs and the base schedule.
         state: The run; its settings are kept up to date.
+        clock: Says where in the base schedule a step stands.
         gate: When and how far an agent may move.
         start: Setting of the rate to begin with, by the optimizer's class name; None keeps the one found.
 
@@ -51,14 +53,16 @@ class Hand:
         InputError: A knob cannot act on this run.
     """
 
-    def __init__(self, spec: ControlSpec, state: RunState, gate: Gate, start: float | None) -> None:
+    def __init__(self, spec: ControlSpec, state: RunState, clock: Clock, gate: Gate, start: float | None) -> None:
         self._spec = spec
         self._state = state
+        self._clock = clock
         self._gate = gate
         self._schedule = spec.make_schedule()
         self._varies = spec.base.name != "constant"
         self._factors: list[float] = []  # of the steps from `_first` on
         self._first = 0
+        self._line = clock.line  # for which the factors hold
         self._factor_at(0)  # a schedule that needs a horizon says so now
         self._knobs = spec.make_knobs()
         self._rate = next((column for column, knob in enumerate(self._knobs) if knob.name == "lr"), None)
@@ -305,10 +309,10 @@ class Hand:
     def _factor_at(self, step: int) -> float:
         """The base schedule's factor, worked out together with those of the steps after it."""
         place = step - self._first
-        if not 0 <= place < len(self._factors):
-            schedule, total_steps = self._schedule, self._state.total_steps
-            self._factors = [schedule(later, total_steps) for later in range(step, step + AHEAD)]
-            self._first, place = step, 0
+        if not 0 <= place < len(self._factors) or self._line != self._clock.line:
+            schedule, total_steps, at = self._schedule, self._state.total_steps, self._clock.at
+            self._factors = [schedule(at(later), total_steps) for later in range(step, step + AHEAD)]
+            self._first, self._line, place = step, self._clock.line, 0
         return self._factors[place]
 
     def write_all(self, step: int) -> None:

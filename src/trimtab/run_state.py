@@ -117,10 +117,12 @@ class RunState:
         optimizer: The optimizer whose settings knobs move.
         model: The model, where the caller gave one.
         loader: The data loader, or the loop, where the caller gave one.
-        total_steps: Budget in optimizer steps; None where the horizon is unknown.
+        total_steps: Budget in optimizer steps of the cost that they have at the start; None where the horizon is
+            unknown.
 
     Attributes:
         optimizer_steps: Optimizer steps taken so far.
+        spent: What of the budget is used up, in its unit; the number of steps where nothing changes their cost.
         initial_loss: Train loss of the very first step, before anything was learned; set by the controller.
         summary: What was measured so far.
         settings: Level of each knob, in its unit, before the base schedule.
@@ -150,6 +152,7 @@ class RunState:
         self.loader = loader
         self.total_steps = total_steps
         self.optimizer_steps = 0
+        self.spent: float = 0
         self.initial_loss: Value = math.nan
         self.summary = Summary()
         self.settings: dict[str, Value] = {}
@@ -180,11 +183,11 @@ class RunState:
         """Share of the budget used, in [0, 1]; NaN where the horizon is unknown."""
         if self.total_steps is None:
             return math.nan
-        return min(1.0, self.optimizer_steps / self.total_steps)
+        return min(1.0, self.spent / self.total_steps)
 
     @property
     def budget(self) -> Value:
-        """The budget in optimizer steps; NaN where the horizon is unknown."""
+        """The budget in optimizer steps of the cost at the start; NaN where the horizon is unknown."""
         return math.nan if self.total_steps is None else float(self.total_steps)
 
     def note_move(self, knob: str, before: Value, now: Value) -> None:
@@ -230,6 +233,7 @@ class RunState:
         summary = self.summary
         return {
             "optimizer_steps": self.optimizer_steps,
+            "spent": self.spent,
             "total_steps": self.total_steps,
             "initial_loss": _plain(self.initial_loss),
             "current": [_plain(value) for value in summary.current],
@@ -246,6 +250,7 @@ class RunState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.optimizer_steps = state["optimizer_steps"]
+        self.spent = state["spent"]
         self.total_steps = state["total_steps"]
         self.initial_loss = _value(state["initial_loss"])
         current, previous, rest = ([_value(item) for item in state[key]] for key in ("current", "previous", "rest"))

@@ -90,7 +90,10 @@ def _log_share(part: Value, whole: Value) -> Value:
 
 
 def _unit(state: RunState, knob: str) -> Value:
-    return np.asarray(state.to_unit[knob](np.atleast_1d(state.settings[knob])))
+    setting = state.settings[knob]
+    found = np.asarray(state.to_unit[knob](np.atleast_1d(setting)))
+    # One array among them would make `observe` take the long way for every signal of a single run.
+    return found if isinstance(setting, np.ndarray) else float(found[0])
 
 
 # log(smoothed train loss / the one a decision before)

@@ -154,46 +154,56 @@ class Joint(Puppet):
         return self._rows[[min(len(self.seen), len(self._rows)) - 1]], state
 
 
-@pytest.mark.parametrize("turns", [False, True])
-def test_several_knobs_act_here_as_under_a_controller(turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+# Of the second, batches are small enough that no run sleeps through a decision: turns are those of the environment.
+@pytest.mark.parametrize(("turns", "high"), [(False, 50), (True, 16)])
+def test_several_knobs_act_here_as_under_a_controller(turns: bool, high: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched, "BatchedTraining", functools.partial(BatchedTraining, dtype=torch.float64))
     plain = default_spec()
     own = ("momentum_unit", "batch_size_unit", *(["turn"] if turns else []))
     spec = dataclasses.replace(
         plain,
         knobs=("lr", "momentum", "batch_size"),
-        knob_options={"batch_size": {"low": 4, "high": 50}},
+        knob_options={"batch_size": {"low": 4, "high": high}},
         signals=(*plain.signals, *own),
         turns=turns,
     )
     options: dict[str, Any] = {"horizon": (60, 90), "runs_per_task": 2, "no_validation": 0.0, "some_validation": 0.0}
     env = TrainingVectorEnv(6, ("mlp",), spec, initial_lr=(1e-4, 1e-2), **options)
-    observation, _ = env.reset(seed=8)
+    observation, infos = env.reset(seed=8)
     moves = np.random.default_rng(0).choice([-0.3, 0.0, 0.3], (env.n_decisions, 6, 1 if turns else 3))
-    seen, is_cut = [observation], np.zeros(6, dtype=bool)
+    seen, is_cut, awake = [observation], np.zeros(6, dtype=bool), [~infos["asleep"]]
     for row in moves:
         observation, *_, infos = env.step(row)
         seen.append(observation)
+        awake.append(~infos["asleep"])
         is_cut |= infos["rolled_back"]
-    n_compared, sizes = 0, []
+    n_compared, sizes, slept = 0, [], 0
     for batch in draw_episode(env.options, 6, spec.timing, derive_seed(8, "episode", 0, "of runs")):
         for task, group, seed, lr in zip(batch.tasks, batch.groups, batch.seeds, batch.lr, strict=True):
             place = 2 * group + [r for r, g in zip(batch.lr, batch.groups, strict=True) if g == group].index(lr)
             if task.network.dropout or is_cut[place]:
                 continue
             loop = in_double(task, seed, lr, batch.total_steps)
-            puppet = Joint(moves[:, place])
+            asked = np.array([row[place] for row in awake])  # the decisions that the run on its own takes
+            puppet = Joint(moves[asked[:-1], place])
             controller = Controller(
                 puppet, optimizer=loop.optimizer, model=loop.model, loader=loop, total_steps=batch.total_steps,
                 spec=spec, mode="use",
             )  # fmt: skip
+            rows = []
             while not loop.is_over():
-                loss = loop.step()
-                controller.step(loss, loop.evaluate("val")["loss"] if controller.is_due else None)
-            mine = np.array([*puppet.seen[1:], controller.last_observation])
-            np.testing.assert_allclose(mine, np.stack([row[place] for row in seen]), atol=1e-7, rtol=1e-7)
+                loss, is_due = loop.step(), controller.is_due
+                controller.step(loss, loop.evaluate("val")["loss"] if is_due else None)
+                rows += [controller.last_observation] if is_due else []
+            mine = np.array(rows)
+            theirs = np.stack([row[place] for row, is_asked in zip(seen, asked, strict=True) if is_asked])
+            np.testing.assert_allclose(mine, theirs, atol=1e-7, rtol=1e-7)
+            assert infos["spent"][place] == pytest.approx(loop.spent, abs=1e-9)
+            assert 0 <= batch.total_steps - loop.spent < loop.step_cost
+            slept += int((~asked).sum())
             sizes.append(len({round(x, 9) for x in mine[:, len(plain.signals) + 1]}))
             n_compared += 1
     assert n_compared >= 2
     assert min(sizes) >= 2  # the batch size did change, in every run
     assert max(sizes) >= 3
+    assert (slept > 0) != turns

@@ -64,7 +64,7 @@ def test_progress() -> None:
     state = make(total_steps=40)
     seen = []
     for step in (0, 10, 40, 55):
-        state.optimizer_steps = step
+        state.optimizer_steps = state.spent = step
         seen.append(state.progress)
     assert seen == [0.0, 0.25, 1.0, 1.0]
     assert math.isnan(make(total_steps=None).progress)
@@ -75,7 +75,7 @@ def test_the_state_comes_back_from_json() -> None:
         state = make()
         state.settings["lr"] = losses[0]
         state.initial_settings["lr"] = losses[1]
-        state.optimizer_steps = 7
+        state.optimizer_steps = state.spent = 7
         state.initial_loss = losses[0]
         state.record(Interval(*losses))
         state.record(Interval(*losses, val_loss=losses[1]))

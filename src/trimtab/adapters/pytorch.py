@@ -19,6 +19,7 @@ from trimtab.brain import Brain
 from trimtab.controller import Controller
 from trimtab.errors import InputError
 from trimtab.records import Decision
+from trimtab.run_state import BatchingLoop
 from trimtab.safety import Safety
 
 __all__ = ["RLScheduler"]
@@ -52,6 +53,10 @@ class RLScheduler(LRScheduler):
             size `repr` shows, in host memory; False keeps none and never rolls back.
         on_conflict: What to do when something else writes the rate: "error", or "warn": hand the rate back and
             end control.
+        loader: Where a brain moves the batch size: the loop (`TrainingLoop`), or the DataLoader whose `batch_sampler`
+            is a `trimtab.knobs.data.ResizableBatchSampler`. Knobs that have nothing to act on here (that, without a
+            loader; dropout, without a `model` that has it) are left out where the brain was taught to do without them,
+            and else refused.
         average: With a `model`, keep a running average of the weights beside them, one more copy; see `averaged`.
 
     Raises:
@@ -70,6 +75,7 @@ class RLScheduler(LRScheduler):
         seed: int = 0,
         rollback: bool | Literal["cpu"] = True,
         on_conflict: str = "error",
+        loader: Iterable[Any] | BatchingLoop | None = None,
         average: bool = True,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -89,6 +95,7 @@ class RLScheduler(LRScheduler):
             self.brain,
             optimizer=optimizer,
             model=model,
+            loader=loader,
             total_steps=total_steps,
             safety=Safety(rollback=bool(rollback), snapshot_on_cpu=rollback == "cpu", on_conflict=on_conflict),
             mode="learn" if self.brain.agent.is_learned else "use",
@@ -136,6 +143,11 @@ class RLScheduler(LRScheduler):
     def status(self) -> str:
         """One of "running", "over", "gave_up" and "conflict"; see `Controller.status`."""
         return self._controller.status
+
+    @property
+    def masked(self) -> dict[str, str]:
+        """Knobs of the brain that have nothing to act on here and were left out, and why."""
+        return self._controller.masked
 
     @property
     def skipped_steps(self) -> int:

@@ -43,8 +43,11 @@ DEFAULT_RATES = {"Adam": 1e-3, "AdamW": 1e-3, "SGD": 0.1}
 class Schedule(Protocol):
     """A closed-form schedule."""
 
-    def __call__(self, step: int, total_steps: int | None) -> float:
-        """Factor on the initial rate before optimizer step number `step`, from 0."""
+    def __call__(self, step: float, total_steps: int | None) -> float:
+        """Factor on the initial rate before optimizer step number `step`, from 0.
+
+        Where the cost of a step changes, `step` is what of the budget is spent, and may lie between two steps.
+        """
 
 
 def make_schedule(base: Base) -> Schedule:
@@ -87,7 +90,7 @@ def step_factor(step_size: int | None = None, gamma: float = 0.1) -> Schedule:
         _number("step_size", step_size, 1)
     _number("gamma", gamma, 0.0)
 
-    def factor(step: int, total_steps: int | None) -> float:
+    def factor(step: float, total_steps: int | None) -> float:
         size = step_size or max(1, math.ceil(_horizon("step", total_steps) / 3))
         return float(gamma ** (step // size))
 
@@ -99,14 +102,14 @@ def exponential_factor(gamma: float | None = None) -> Schedule:
     if gamma is not None:
         _number("gamma", gamma, 0.0)
 
-    def factor(step: int, total_steps: int | None) -> float:
+    def factor(step: float, total_steps: int | None) -> float:
         rate = gamma if gamma is not None else 0.01 ** (1 / _horizon("exponential", total_steps))
         return float(rate**step)
 
     return factor
 
 
-def _warm_up(step: int, warmup_steps: int) -> float:
+def _warm_up(step: float, warmup_steps: int) -> float:
     """(step + 1) / (warmup_steps + 1): torch's LinearLR with start_factor 1 / (warmup_steps + 1), as in nanoGPT."""
     return (step + 1) / (warmup_steps + 1)
 
@@ -119,7 +122,7 @@ def cosine_factor(warmup_steps: int = 0, min_factor: float = 0.0) -> Schedule:
     _number("warmup_steps", warmup_steps, 0)
     _number("min_factor", min_factor, 0.0, 1.0)
 
-    def factor(step: int, total_steps: int | None) -> float:
+    def factor(step: float, total_steps: int | None) -> float:
         if total_steps is None:
             total_steps = _horizon("cosine", total_steps)
         if step < warmup_steps:
@@ -138,7 +141,7 @@ def wsd_factor(warmup_share: float = 0.05, decay_share: float = 0.2, min_factor:
     _number("decay_share", decay_share, 0.0, 1.0 - warmup_share)
     _number("min_factor", min_factor, 0.0, 1.0)
 
-    def factor(step: int, total_steps: int | None) -> float:
+    def factor(step: float, total_steps: int | None) -> float:
         total = _horizon("wsd", total_steps)
         warmup, decay = round(warmup_share * total), round(decay_share * total)
         if step < warmup:

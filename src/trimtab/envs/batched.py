@@ -20,6 +20,7 @@ from gymnasium.vector.utils import batch_space
 
 from trimtab.agents.base import Timing
 from trimtab.agents.scripted import Schedule
+from trimtab.clock import affordable_steps, steps_until
 from trimtab.envs.episodes import Batch, EpisodeOptions, draw_episode
 from trimtab.envs.measuring import summarize
 from trimtab.envs.specs import default_spec
@@ -28,7 +29,7 @@ from trimtab.run_state import Array, Interval, RunState, Summary, Value
 from trimtab.safety import Guard, Safety
 from trimtab.seeding import derive_seed, numpy_generator
 from trimtab.spec import ControlSpec
-from trimtab.training.batched import BatchedTraining
+from trimtab.training.batched import BatchedTraining, IntervalStats
 
 __all__ = ["TrainingVectorEnv"]
 
@@ -40,12 +41,17 @@ class TrainingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     are used up, which is `terminated`, since the progress is observed; nothing is ever truncated. The step after it
     draws the next episode (Gymnasium's `AutoresetMode.NEXT_STEP`): its action counts for nothing, its reward is 0.
 
+    A run's budget is one of training FLOPs: those of "total_steps" at the batch size that it began with. With batches
+    twice as large it takes half as many steps between two decisions, and sees the base schedule and the decisions at
+    the same shares of its budget. Where a step costs more than an interval it takes none in the intervals that the step
+    pays for, and its actions after those count for nothing, as the run on its own would not be asked there.
+
     Knobs are "lr" (always), "weight_decay", "momentum", "dropout" and "batch_size"; others are refused by name. Many
     networks that are drawn have no dropout: with `masks` in the spec it is left out there, without it they are refused.
 
     `infos` has, per run: every knob as read back from where it acts (NaN where it is masked), "total_steps",
-    "group" (the number of its task), "rolled_back", and at the end of an episode "score_loss", the final loss on the
-    split that is never observed.
+    "group" (the number of its task), "rolled_back", "spent" (of "total_steps"), "asleep" (no step was taken in the last
+    interval), and at the end of an episode "score_loss", the final loss on the split that is never observed.
 
     Args:
         num_envs: R.
@@ -246,6 +252,9 @@ class _Runs:
         self._lowest_reward = np.zeros(n_runs)
         self._index = 0
         self.is_over = False
+        self._spent = [np.zeros(len(b.tasks)) for b in batches]  # of the budget, in steps of the cost at the start
+        self._targets = [0] * len(batches)  # of the last decision, in the same unit
+        self._is_asleep = np.zeros(n_runs, dtype=np.bool_)  # no step was taken in the last interval
         self._settings = np.stack([self._read(knob.name) for knob in self._knobs], axis=1)
         self._is_masked = np.isnan(self._settings)
         self._check_masks()
@@ -297,7 +306,8 @@ class _Runs:
             if knob.name == "batch_size":
                 moved = np.minimum(moved, self._n_samples)
             moved = np.where(self._is_masked[:, column], before, moved)
-            self._set(column, np.where(self._is_cut | self._is_lost, before, moved), ~self._is_cut)
+            is_held = self._is_cut | self._is_asleep
+            self._set(column, np.where(is_held | self._is_lost, before, moved), ~is_held)
         self._write()
 
     def _set(self, column: int, values: Array, where: npt.NDArray[np.bool_]) -> None:
@@ -310,32 +320,34 @@ class _Runs:
 
     def advance(self) -> None:
         """Train to the next decision, look, and roll back what went wrong."""
-        state, timing = self.state, self._timing
+        state = self.state
         before = state.summary
         snapshots, intervals, finite, firsts, late = [], [], [], [], []
-        for batch, training in zip(self._batches, self._trainings, strict=True):
-            start, total = training.steps_done, batch.total_steps
-            end = timing.next_decision(self._index, start, total, None)
+        for number, training in enumerate(self._trainings):
             snapshots.append(training.snapshot())
-            stats = training.run(end - start, [self._schedule(step, total) for step in range(start, end)])
+            stats = self._train(number)
             val_loss = training.evaluate("val").double().cpu().numpy()
             intervals.append(summarize(stats, np.where(np.isnan(val_loss), np.inf, val_loss)))
             finite.append(training.are_finite().cpu().numpy())
             losses = stats.losses.double().cpu().numpy()
-            firsts.append(losses[0])
-            late.append(losses[max(1, len(losses) // 2) :])
-            self.is_over = end >= total
+            own = [losses[len(losses) - count :, run] for run, count in enumerate(stats.counts)]
+            firsts.append(np.array([steps[0] if len(steps) else np.nan for steps in own]))
+            late.append([steps[max(1, len(steps) // 2) :] for steps in own])
         columns = [self._spread(list(parts)) for parts in zip(*intervals, strict=True)]
         interval = Interval(*columns)
         is_told = self._rng.random(len(self._chances)) < self._chances
         interval = interval._replace(val_loss=np.where(is_told, interval.val_loss, np.nan))
-        state.taken = self._spread(
-            [np.full(len(b.tasks), float(t.steps_done)) for b, t in zip(self._batches, self._trainings, strict=True)]
-        )
+        state.taken = self._spread(self._spent)
+        self._is_asleep = asleep = np.asarray(interval.n_steps) == 0
         state.record(interval)
+        if asleep.any():  # nothing was measured, nothing has changed
+            still = before._replace(previous=before.current, previous_smoothed_loss=before.smoothed_loss)
+            state.summary = _either(asleep, still, state.summary)
         self._note_first_losses(self._spread(firsts))
         self._is_cut = bad = self._judge(self._spread(finite), late)
+        memory = np.asarray(state.rollback_memory)
         state.note_rollback(bad, self._settings[:, self._rate].copy())
+        state.rollback_memory = np.where(asleep, memory, state.rollback_memory)
         if self.is_over:
             score = self._spread([t.evaluate("score").double().cpu().numpy() for t in self._trainings])
             state.score_loss = np.where(np.isnan(score), np.inf, score)
@@ -352,6 +364,29 @@ class _Runs:
             self._undo(bad, before, snapshots)
         self._index += 1
 
+    def _train(self, number: int) -> IntervalStats:
+        """Train a batch up to the next decision: each run by as many steps as that share of its budget pays for.
+
+        The steps of a run are those that `trimtab.clock.Clock` would count for it on its own.
+        """
+        batch, training, spent = self._batches[number], self._trainings[number], self._spent[number]
+        start, total = self._targets[number], batch.total_steps
+        end = self._targets[number] = int(self._timing.next_decision(self._index, start, total, None))
+        self.is_over = end >= total
+        costs = training.batch_sizes / batch.tasks[0].batch_size
+        pairs = list(zip(spent.tolist(), costs.tolist(), strict=True))
+        counts = [
+            max(0, min(steps_until(end, used, cost), affordable_steps(total - used, cost))) for used, cost in pairs
+        ]
+        longest = max(counts)
+        known: dict[tuple[float, float], list[float]] = {}
+        for (used, cost), count in zip(pairs, counts, strict=True):
+            if (used, cost) not in known:
+                own = [self._schedule(used + step * cost, total) for step in range(count)]
+                known[used, cost] = [0.0] * (longest - count) + own
+        self._spent[number] = spent + np.array(counts) * costs
+        return training.run(np.array(counts), np.array([known[pair] for pair in pairs]).T)
+
     def _note_first_losses(self, losses: Array) -> None:
         """The highest loss at which an interval on good weights began: as `Controller._measure` has it."""
         known = np.asarray(self.state.initial_loss)
@@ -359,22 +394,23 @@ class _Runs:
         self.state.initial_loss = np.where(take, np.fmax(known, losses), known)
         self._is_fresh &= ~take
 
-    def _judge(self, finite: npt.NDArray[np.bool_], late: list[Array]) -> npt.NDArray[np.bool_]:
+    def _judge(self, finite: npt.NDArray[np.bool_], late: list[list[Array]]) -> npt.NDArray[np.bool_]:
         """Which runs are to be rolled back, by the guard of use; it is asked only where it might say so.
 
         Args:
             finite: Whether all weights of a run are; (R,).
-            late: Of each batch the train losses of the interval's second half; (n, its runs).
+            late: Of each batch and run the train losses of the interval's second half.
         """
         bad = np.zeros(len(finite), dtype=np.bool_)
-        suspects = set(np.flatnonzero(_might_be_bad(self.state, finite) & ~self._is_lost).tolist())
-        for run in self._suspects - suspects:
+        asleep = set(np.flatnonzero(self._is_asleep).tolist())
+        suspects = set(np.flatnonzero(_might_be_bad(self.state, finite) & ~self._is_lost).tolist()) - asleep
+        for run in self._suspects - suspects - asleep:
             self._guards[run].in_a_row = 0  # a good interval
-        self._suspects = suspects
+        self._suspects = suspects | (self._suspects & asleep)
         for run in sorted(suspects):
             batch, column = self._homes[run]
             verdict = self._guards[run].judge(
-                _single(self.state, run), weights_are_finite=bool(finite[run]), losses=late[batch][:, column].tolist()
+                _single(self.state, run), weights_are_finite=bool(finite[run]), losses=late[batch][column].tolist()
             )
             bad[run] = verdict.kind != "ok"
             self._is_lost[run] = verdict.kind == "give_up"
@@ -385,12 +421,7 @@ class _Runs:
         for places, training, snapshot in zip(self._places, self._trainings, snapshots, strict=True):
             training.restore(snapshot, torch.from_numpy(bad[places]).to(training.parameters.device))
         now = self.state.summary
-        old = before._replace(initial_val_loss=now.initial_val_loss)
-        self.state.summary = Summary(
-            Interval(*[np.where(bad, was, new) for was, new in zip(old.current, now.current, strict=True)]),
-            Interval(*[np.where(bad, was, new) for was, new in zip(old.previous, now.previous, strict=True)]),
-            *[np.where(bad, was, new) for was, new in zip(old[2:], now[2:], strict=True)],
-        )
+        self.state.summary = _either(bad, before._replace(initial_val_loss=now.initial_val_loss), now)
         self._is_fresh |= bad
         rate = self._settings[:, self._rate]
         self._set(self._rate, np.where(bad, rate / self._cut, rate), bad)
@@ -403,10 +434,21 @@ class _Runs:
             "total_steps": self.state.budgets.astype(np.int64),
             "group": self.state.groups,
             "rolled_back": self._is_cut.copy(),
+            "spent": np.asarray(self.state.taken).copy(),
+            "asleep": self._is_asleep.copy(),
         }
         if self.is_over:
             infos["score_loss"] = np.asarray(self.state.score_loss)
         return infos
+
+
+def _either(where: npt.NDArray[np.bool_], one: Summary, other: Summary) -> Summary:
+    """Of some runs the one, of the rest the other."""
+    return Summary(
+        Interval(*[np.where(where, a, b) for a, b in zip(one.current, other.current, strict=True)]),
+        Interval(*[np.where(where, a, b) for a, b in zip(one.previous, other.previous, strict=True)]),
+        *[np.where(where, a, b) for a, b in zip(one[2:], other[2:], strict=True)],
+    )
 
 
 def _might_be_bad(state: RunState, finite: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -24,29 +24,31 @@ def summarize(stats: IntervalStats, val_loss: Array) -> Interval:
     Returns:
         Arrays of (R,).
     """
-    losses = stats.losses.double().cpu().numpy()
-    n_steps, half = len(losses), max(1, len(losses) // 2)
+    losses, counts = stats.losses.double().cpu().numpy(), stats.counts
+    # All end together: the places of a run's steps, from 0, negative before its first.
+    place = np.arange(len(losses))[:, None] - (len(losses) - counts)
+    is_first_half = (place >= 0) & (place < np.maximum(1, counts // 2))
+    is_second_half = place >= np.maximum(1, counts // 2)
     update, weight, gradient, product = stats.norms.double().cpu().numpy().transpose(1, 0, 2)
     with np.errstate(all="ignore"):
         cosine = np.clip(product / update / gradient, -1.0, 1.0)
         has_cosine = (update > 0) & (gradient > 0) & np.isfinite(product)
         has_ratio = (update > 0) & (weight > 0) & np.isfinite(update)
-        late = losses[half:]
         lowest, median, highest = spread(stats.layer_ratios.double().cpu().numpy())
         return Interval(
-            losses.mean(0),
-            losses[:half].mean(0),
-            late.mean(0) if len(late) else np.full(losses.shape[1], np.nan),
+            _mean(losses, place >= 0),
+            _mean(losses, is_first_half),
+            _mean(losses, is_second_half),
             np.where(np.isnan(val_loss), np.nan, val_loss),
             np.full(losses.shape[1], np.nan),
             _mean(gradient, np.isfinite(gradient)),
             _mean(cosine, has_cosine),
             _mean(update / weight, has_ratio),
-            losses.std(0),
+            np.sqrt(_mean((losses - _mean(losses, place >= 0)) ** 2, place >= 0)),
             lowest,
             median,
             highest,
-            np.full(losses.shape[1], float(n_steps)),
+            counts.astype(np.float64),
         )
 
 

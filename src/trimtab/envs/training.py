@@ -154,8 +154,8 @@ class TrainingEnv(gymnasium.Env[Any, Any]):
         if controller.status != "running":
             raise InputError("step() after the end of the episode; call reset() first")
         controller.answer(np.asarray(action).reshape(1, -1))
-        self._advance(loop, controller)
-        reward = controller.last_reward
+        # An action may leave nothing: what is left of the budget does not pay for a step with so many samples.
+        reward = self._advance(loop, controller) if controller.status == "running" else None
         is_over = controller.status != "running"
         return (
             np.array(controller.last_observation),
@@ -165,8 +165,8 @@ class TrainingEnv(gymnasium.Env[Any, Any]):
             self._infos(loop, controller),
         )
 
-    def _advance(self, loop: TrainingLoop, controller: _Held) -> None:
-        """Train up to the next decision, validate, and let the controller look."""
+    def _advance(self, loop: TrainingLoop, controller: _Held) -> float | None:
+        """Train up to the next decision, validate, and let the controller look; the reward of the interval."""
         is_due = False
         while not is_due:
             is_due = controller.is_due
@@ -177,6 +177,7 @@ class TrainingEnv(gymnasium.Env[Any, Any]):
                 metrics = {"accuracy": measured["accuracy"]} if "accuracy" in measured else None
                 controller.report(self._val_loss, metrics)
             controller.step(loss)
+        return controller.last_reward
 
     def _infos(self, loop: TrainingLoop, controller: _Held) -> dict[str, Any]:
         infos: dict[str, Any] = {
@@ -221,6 +222,11 @@ class _Held(Controller):
             self._is_waiting = False
             if self._take_in_changes() and self._guard is not None:
                 self._keep_snapshot(is_stale=True)
+            self._clock.read(self._t)  # a knob may have changed what a step costs
+            if self._clock.is_used_up:
+                self.status = "over"
+            else:
+                self._aim()
         else:
             self._hand.check(action, decided)  # a wrong action is refused even where it cannot count
 

@@ -20,7 +20,7 @@ from trimtab.errors import InputError, unknown_name
 from trimtab.experiments.schema import ArmSpec, StudyFile, parse_study
 from trimtab.yaml_files import read_yaml
 
-__all__ = ["Arm", "Study", "Tuning", "load_study", "study_names"]
+__all__ = ["FLOPS", "STEPS", "Arm", "Study", "Tuning", "load_study", "study_names"]
 
 # Open loop: what they write follows from the step alone.
 BASELINES = ("constant", "step", "exponential", "cosine", "wsd", "default-cosine")
@@ -31,6 +31,9 @@ _BASES = ("constant", "step", "exponential", "cosine", "wsd")
 # What goes to every job as it is in the file.
 _SETTINGS = ("total_steps", "every", "weight_decay", "optimizer", "device", "precision", "threads")
 _DERIVED = ("placebo", "yoked")
+# Knobs, and settings to start with, that change what an optimizer step costs.
+_DEAR = ("accumulation", "batch_size", "layers", "units")
+STEPS, FLOPS = "optimizer steps", "training FLOPs"  # what a study's budgets are in
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Arm:
         learn_runs: Runs that the arm learns on before each run that counts.
         knobs: Names of the knobs that it moves.
         brain: Folder of the brain that it goes on from, or None.
+        start: Settings of the loop that its runs begin with instead of the task's.
     """
 
     id: str
@@ -62,6 +66,12 @@ class Arm:
     learn_runs: int
     knobs: tuple[str, ...] = ("lr",)
     brain: str | None = None
+    start: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def changes_cost(self) -> bool:
+        """Whether its optimizer steps may cost something else than the task's."""
+        return any(name in _DEAR for name in (*self.knobs, *self.start))
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,15 @@ class Study:
     user_config: Mapping[str, Any]
     final_info: bool
     left_out: tuple[Mapping[str, str], ...] = field(default=())
+
+    @property
+    def budget(self) -> str:
+        """What every arm's budget is in: FLOPs where an arm can change what a step costs, else optimizer steps.
+
+        They are the same for an arm that does not: FLOPs are those of the task's number of steps as the task has them.
+        """
+        arms = [*self.arms, *([self.tuning.arm] if self.tuning else [])]
+        return FLOPS if any(arm.changes_cost for arm in arms) else STEPS
 
     def leave_out(self, task: str, why: str) -> Study:
         """The study without one of its optional tasks."""
@@ -273,6 +292,7 @@ class _Resolver:
             else 0,
             knobs=self._knobs(spec, kind),
             brain=self._brain(spec, kind),
+            start=spec.start,
         )
 
     def _brain(self, spec: ArmSpec, kind: str) -> str | None:

@@ -38,6 +38,9 @@ _FROM_METRICS = (
     "eval_accuracy",
     "epoch",
     "optimizer_steps",
+    "samples",
+    "flops",
+    "budget_used",
 )
 _FROM_TIMES = (
     "eval_runtime",
@@ -126,9 +129,10 @@ def stability(runs: Sequence[Run]) -> dict[str, float] | None:
     paths: dict[str, dict[int, list[float]]] = {}
     for run in runs:
         for row in run.series:
+            step = round(row.get("spent", row["optimizer_step"]))
             for knob, value in (row.get("knobs") or {}).items():
                 if is_finite(value) and value > 0:
-                    paths.setdefault(knob, {}).setdefault(int(row["optimizer_step"]), []).append(math.log10(value))
+                    paths.setdefault(knob, {}).setdefault(step, []).append(math.log10(value))
     spreads = {
         knob: [float(np.std(values, ddof=1)) for _, values in sorted(steps.items()) if len(values) > 1]
         for knob, steps in sorted(paths.items())
@@ -174,19 +178,20 @@ def sensitivity(runs: Sequence[Run]) -> dict[str, Any] | None:
 
 
 def uses_to_pay_back(
-    learning_steps: int, tuning_steps: int, difference: Mapping[str, Any] | None
+    learning: int, tuning: int, difference: Mapping[str, Any] | None, unit: str = "steps"
 ) -> tuple[float | None, str]:
     """After how many training runs an arm has saved what it cost to learn.
 
     A use is one training run with the arm as it is, instead of first tuning a schedule on the same task. What it
-    saves is the optimizer steps of the tuning runs; uses = learning steps / tuning steps, rounded up, 0 for an arm
-    that cost nothing to learn. It counts only where the arm can stand in for the tuned schedule: shown better, or
+    saves is the cost of the tuning runs; uses = cost of learning / cost of tuning, rounded up, 0 for an arm that cost
+    nothing to learn. It counts only where the arm can stand in for the tuned schedule: shown better, or
     the interval's upper end at most 5 % of the tuned schedule's mean loss above it.
 
     Args:
-        learning_steps: Optimizer steps spent on learning before this study's runs.
-        tuning_steps: Optimizer steps of the tuning runs of the tuned schedule on this task.
+        learning: Spent on learning before this study's runs: optimizer steps, or FLOPs where budgets are in FLOPs.
+        tuning: Spent in the tuning runs of the tuned schedule on this task.
         difference: Of the arm against the tuned schedule, as in results.json; None where there is none.
+        unit: What both are in: "steps" or "FLOPs".
 
     Returns:
         The number, or None, and in words why.
@@ -195,12 +200,12 @@ def uses_to_pay_back(
         return None, "no tuned schedule in this study to save"
     if difference.get("interval") is None:
         return None, "too few seeds to say whether it can stand in for the tuned schedule"
-    if tuning_steps <= 0:
+    if tuning <= 0:
         return None, "no tuning runs recorded, so nothing is saved"
     upper, margin = difference["interval"][1], _NOT_WORSE * abs(difference["reference_mean"])
     if difference["verdict"] != BETTER and upper > margin:
         return None, "no gain: not shown to come within 5 % of the tuned schedule"
-    return float(math.ceil(learning_steps / tuning_steps)), "learning steps / steps of the tuning runs saved"
+    return float(math.ceil(learning / tuning)), f"learning {unit} / {unit} of the tuning runs saved"
 
 
 def _validated(series: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -24,7 +24,7 @@ __all__ = ["Job", "choose_rate", "first_difference", "plan_jobs", "study_json", 
 # Selection seeds start here, so that no rate is chosen on a seed that it is reported on.
 TUNING_SEEDS_FROM = 1000
 # Keys of study.json that do not say what was asked for: filled in on the way, or words.
-_NOT_ASKED = ("environment", "left_out", "idea", "schema")
+_NOT_ASKED = ("environment", "left_out", "idea", "schema", "budget")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Job:
 
     `seed` numbers the run within its study, from 0; the run's generators come from it and `root_seed`.
     `initial_lr`, `total_steps`, `every`, `weight_decay` and `optimizer` are the task's own where they are
-    None. `replay_from` is the folder of the run whose decisions a yoked run replays.
+    None; `start` has settings of the loop instead of its own. `replay_from` is the folder of the run whose
+    decisions a yoked run replays.
     """
 
     study: str
@@ -57,6 +58,7 @@ class Job:
     learn_runs: int
     knobs: tuple[str, ...]
     brain: str | None
+    start: Mapping[str, int]
     placebo: bool
     replay_from: str | None
     device: str
@@ -66,7 +68,7 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict of JSON types."""
-        return {**asdict(self), "knobs": list(self.knobs)}
+        return {**asdict(self), "knobs": list(self.knobs), "start": dict(self.start)}
 
 
 def plan_jobs(study: Study) -> list[Job]:
@@ -151,6 +153,7 @@ def study_json(
         "schema": 1,
         "study": study.study,
         "idea": study.idea,
+        "budget": study.budget,
         "scale": study.scale,
         "root_seed": study.root_seed,
         "n_seeds": study.n_seeds,
@@ -233,6 +236,7 @@ def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | No
         learn_runs=arm.learn_runs,
         knobs=arm.knobs,
         brain=arm.brain,
+        start=dict(arm.start),
         placebo=arm.kind == "placebo",
         replay_from=None,
         directory=f"runs/{task}/{arm.id}/{role}/lr-{rate}/seed-{seed}",
@@ -241,7 +245,9 @@ def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | No
 
 
 def _arm_json(arm: Arm) -> dict[str, Any]:
-    return {**asdict(arm), "options": dict(arm.options), "lr": dict(arm.lr), "knobs": list(arm.knobs)}
+    data = {**asdict(arm), "options": dict(arm.options), "lr": dict(arm.lr), "knobs": list(arm.knobs)}
+    # What was added later is left out where it is not used, so that studies begun before can go on.
+    return {key: value for key, value in data.items() if key != "start" or value}
 
 
 def _as_asked(key: str, value: Any) -> Any:

@@ -120,7 +120,7 @@ def _losses(study: StudyFolder, task: str, folder: Path, look: Mapping[str, Styl
 
 
 def _curves(study: StudyFolder, task: str, name: str) -> dict[str, Curve]:
-    """Arm -> steps, mean, lowest, highest over seeds; steps that every run of the arm has, so that no mean jumps."""
+    """Arm -> steps, mean, lowest, highest over seeds; where every run of the arm has been, so that no mean jumps."""
     found = {}
     for arm in study.arms:
         curve = _mean_and_range(study.of(arm=arm.id, task=task, role="report"), name)
@@ -139,17 +139,22 @@ def _cut(curves: Mapping[str, Curve]) -> dict[str, Curve]:
 
 
 def _mean_and_range(runs: Sequence[Run], name: str) -> Curve | None:
-    paths = [
-        {int(row["optimizer_step"]): float(row[name]) for row in run.series if is_finite(row.get(name))} for run in runs
-    ]
+    paths = [{_time(row): float(row[name]) for row in run.series if is_finite(row.get(name))} for run in runs]
     paths = [path for path in paths if path]
     if not paths:
         return None
-    steps = sorted(set.intersection(*(set(path) for path in paths)))
+    first, last = max(min(path) for path in paths), min(max(path) for path in paths)
+    steps = [step for step in min(paths, key=len) if first <= step <= last]
     if not steps:
         return None
-    values = np.array([[path[step] for step in steps] for path in paths])
+    # Runs whose steps cost differently were looked at after different shares of the budget: straight lines between.
+    values = np.array([np.interp(steps, list(path), list(path.values())) for path in paths])
     return np.array(steps), values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+
+
+def _time(row: Mapping[str, Any]) -> float:
+    """When a line of series.jsonl was written, in optimizer steps as the task has them."""
+    return float(row.get("spent", row["optimizer_step"]))
 
 
 def _overlay(

@@ -27,4 +27,5 @@ def news_of(news: Mapping[str, Any]) -> News:
     for key, name in (("train_loss", "train loss"), ("val_loss", "validation loss")):
         if isinstance(news.get(key), (int, float)):
             words.append(f"{name} {news[key]:.4g}")
-    return News("step", news.get("optimizer_step"), news.get("total_steps"), ", ".join(words))
+    spent = news.get("spent", news.get("optimizer_step"))
+    return News("step", None if spent is None else round(spent), news.get("total_steps"), ", ".join(words))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
+from trimtab.experiments.design import STEPS
 from trimtab.storage import read_json, read_lines
 
 __all__ = ["LANGUAGE_DATASETS", "Arm", "Run", "StudyFolder", "read_study"]
@@ -54,11 +55,13 @@ class Run:
     """One run directory as found.
 
     Attributes:
+        total_steps: Its budget, in optimizer steps as the task has them.
         status: "done", "gave_up" (the guard ended it, best weights kept), "failed", or "unfinished".
         error: What a failed run said.
         metrics: Of result.json; empty where the run failed.
         times: Of result.json.
         result: All of result.json; empty while the run is unfinished.
+        flops_budget: The budget in training FLOPs; 0 where they were not recorded.
     """
 
     path: str
@@ -76,6 +79,7 @@ class Run:
     result: Mapping[str, Any]
     series: tuple[Mapping[str, Any], ...]
     decisions: tuple[Mapping[str, Any], ...]
+    flops_budget: int = 0
 
     @property
     def is_over(self) -> bool:
@@ -126,6 +130,11 @@ class StudyFolder:
         planned = arm.lr.get(task)
         found = (run.initial_lr for run in self.of(arm=arm.id, task=task, role=role) if run.initial_lr is not None)
         return planned if planned is not None else next(found, None)
+
+    @property
+    def budget(self) -> str:
+        """What budgets are in, `design.STEPS` or `design.FLOPS`."""
+        return str(self.plan.get("budget") or STEPS)
 
     @property
     def tuned_arm(self) -> str | None:
@@ -247,6 +256,7 @@ def _run(path: Path, name: str) -> Run:
         result=result,
         series=tuple(read_lines(path / "series.jsonl")),
         decisions=tuple(read_lines(path / "decisions.jsonl")),
+        flops_budget=int(header.get("flops_budget") or 0),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.experiments import plots, words
+from trimtab.experiments.design import FLOPS
 from trimtab.experiments.document import Block, Bullets, Diff, Heading, Image, Notice, Paragraph, to_markdown
 from trimtab.experiments.final_info import write_final_info
 from trimtab.experiments.plot_style import Plot
@@ -109,6 +110,10 @@ def _plan(study: StudyFolder, results: Mapping[str, Any]) -> list[Block]:
 def _task(study: StudyFolder, task: str) -> str:
     steps = sorted({run.total_steps for run in study.of(task=task, role="report")})
     budget = f"{words.listing([f'{count:,}' for count in steps])} optimizer steps" if steps else "no run yet"
+    if steps and study.budget == FLOPS:
+        flops = sorted({run.flops_budget for run in study.of(task=task, role="report")})
+        listed = words.listing([words.number(count / 1e9) for count in flops])
+        budget = f"{listed} training GFLOPs for every arm, those of {budget} as the task has them"
     return f"Task {task} (data set {study.dataset(task)}): budget of a run {budget}."
 
 

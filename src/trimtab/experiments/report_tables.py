@@ -61,7 +61,8 @@ def result_tables(rows: Sequence[Row], threshold: Mapping[str, Any]) -> list[Tab
         rows: The entries of results.json's "arms" on the task.
         threshold: The task's entry of "thresholds".
     """
-    tables = [_outcome(rows), _differences(rows), _trainer(rows), _speed(rows, threshold), _control(rows)]
+    tables = [_outcome(rows), _differences(rows), _budget(rows), _trainer(rows)]
+    tables += [_speed(rows, threshold), _control(rows)]
     tables += [table for table in (_sensitivity(rows),) if table is not None]
     return [table for table in tables if table.rows]
 
@@ -125,6 +126,28 @@ def _left_out(entry: Mapping[str, Any]) -> str:
     return f"; {words.count(n, 'seed')} without a value on both sides left out" if n else ""
 
 
+def _budget(rows: Sequence[Row]) -> Table:
+    """What each arm used of its budget; nothing where it was not recorded."""
+    table = []
+    for row in rows:
+        flops, share = row["metrics"]["flops"], row["metrics"]["budget_used"]
+        table.append(
+            [
+                row["id"],
+                words.cost(row["cost"]),
+                "–" if flops["mean"] is None else words.number(flops["mean"] / 1e9),
+                "–" if share["mean"] is None else f"{share['mean']:.2%}",
+                *(_mean(row, name) for name in ("optimizer_steps", "samples", "total_train_time")),
+            ]
+        )
+    caption = (
+        "Budget used, means over seeds. Training FLOPs are those of matrix products, convolutions and attention, "
+        "forward and backward; a run ends where what is left of its budget pays for no further step."
+    )
+    columns = ["arm", _COST, "training GFLOPs", "share of the budget", "optimizer steps", "samples", "training time, s"]
+    return Table(caption, columns, table if any(row["metrics"]["flops"]["n"] for row in rows) else [])
+
+
 def _trainer(rows: Sequence[Row]) -> Table:
     names = ["eval_loss", "eval_accuracy", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch"]
     shown = [name for name in names if any(row["metrics"][name]["n"] for row in rows)]
@@ -177,7 +200,7 @@ def _control(rows: Sequence[Row]) -> Table:
     return Table(
         "Control, means over seeds. Spread of the knobs: mean over the run of the standard deviation across seeds of "
         "log10 of the knob (0.3 is a factor of two). Pays back after: training runs until the tuning runs that the "
-        "arm saves have cost as many optimizer steps as learning it.",
+        "arm saves have cost as much as learning it.",
         ["arm", _COST, "decisions", "interventions", "rollbacks", "controller's share of time", "spread of knobs",
          "pays back after", "because"],
         table,

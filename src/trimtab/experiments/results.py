@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.experiments import conclusions, metrics
+from trimtab.experiments.design import FLOPS
 from trimtab.experiments.reading import Arm, Run, StudyFolder, read_study
 from trimtab.experiments.stats import compare, summarize
 
@@ -51,6 +52,7 @@ def collect_study(study: StudyFolder) -> dict[str, Any]:
         "root_seed": study.plan.get("root_seed"),
         "n_seeds": study.plan.get("n_seeds"),
         "tasks": list(study.tasks),
+        "budget": study.budget,
         "environment": study.plan.get("environment") or {},
         "time_fields": sorted(metrics.TIME_METRICS),
         "unfinished": {
@@ -202,8 +204,12 @@ def _cost(
     tuning = study.of(arm=study.tuned_arm, task=task, role="tuning") if study.tuned_arm else []
     tuning_steps = sum(run.total_steps for run in tuning)
     is_tuned = arm.id == study.tuned_arm
+    paid = learning_steps, tuning_steps, differences.get(study.tuned_arm or "")
+    if study.budget == FLOPS:
+        flops = max((int(entry.get("flops") or 0) for entry in learning), default=0)
+        paid = flops, sum(run.flops_budget for run in tuning), paid[2]
     uses, why = (
-        metrics.uses_to_pay_back(learning_steps, tuning_steps, differences.get(study.tuned_arm or ""))
+        metrics.uses_to_pay_back(*paid, "FLOPs" if study.budget == FLOPS else "steps")
         if arm.decides
         else (None, "it decides nothing" if arm.kind == "baseline" else "it is a control")
     )

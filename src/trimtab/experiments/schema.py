@@ -17,6 +17,8 @@ from trimtab.yaml_files import Count, Natural, NotNegative, Options, Positive, S
 __all__ = ["SCALES", "ArmSpec", "Rate", "StudyFile", "TuningSpec", "parse_study"]
 
 SCALES = ("smoke", "small", "full")
+# What an arm may begin with instead of the task's own.
+START = ("accumulation", "batch_size")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 # What a scale may not change: what the study is, and the scales themselves.
 _FIXED = ("study", "idea", "scales")
@@ -47,9 +49,21 @@ def _arm(value: Any) -> Any:
     return {"id": value} if isinstance(value, str) else value
 
 
+def _start(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"got {reprlib.repr(value)}, expected a mapping such as {{batch_size: 64}}")
+    for key, number in value.items():
+        if key not in START:
+            raise ValueError(f"got {key!r}, expected settings of the loop: {', '.join(START)}")
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"got {key}: {reprlib.repr(number)}, expected a whole number of at least 1")
+    return value
+
+
 Rate = float | dict[str, Any] | str
 _Rate = Annotated[Any, BeforeValidator(_rate)]
 _Every = Annotated[Any, BeforeValidator(_every)]
+_Start = Annotated[dict[str, int], BeforeValidator(_start)]
 
 
 class ArmSpec(Strict):
@@ -57,7 +71,8 @@ class ArmSpec(Strict):
 
     `agent` is the arm's id where it is not given; `lr`, `reward` and `learn_runs` are the study's. `knobs` are what
     a learned arm moves together; `[lr]` where they are not given. `brain` is the folder of one saved before, from
-    which a learned arm goes on; it brings the agent's options.
+    which a learned arm goes on; it brings the agent's options. `start` has settings of the loop that a run of the arm
+    begins with instead of the task's, and keeps where no knob moves them: `{batch_size: 128, accumulation: 4}`.
     """
 
     id: Annotated[str, Field(pattern=rf"^((placebo|yoked):)?{_NAME}$")]
@@ -70,6 +85,7 @@ class ArmSpec(Strict):
     learn_runs: Natural | None = None
     knobs: tuple[Text, ...] | None = None
     brain: Text | None = None
+    start: _Start = Field(default_factory=dict)
 
 
 class TuningSpec(Strict):

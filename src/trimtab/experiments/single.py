@@ -76,7 +76,7 @@ def run_one(job: Job, out: str, data_dir: str | None, progress: Progress) -> dic
         job: `trimtab.experiments.plan.Job` as JSON.
         out: The study's folder.
         data_dir: Folder with the data sets, or None.
-        progress: Called at every interval with step, total_steps, and the losses.
+        progress: Called at every interval with step, total_steps, what of them is spent, and the losses.
 
     Returns:
         What result.json holds.
@@ -143,9 +143,16 @@ def _make_agent(job: Job, task: Task) -> Agent:
 
 def _make_spec(job: Job, task: Task, agent: Agent) -> ControlSpec:
     changes: dict[str, Any] = {"knobs": tuple(job["knobs"])}
+    brain = None if job["brain"] is None else Brain.load(job["brain"])
+    if brain is not None:  # what an arm cannot say is the brain's
+        changes |= {key: getattr(brain.spec, key) for key in ("penalty", "turns", "masks")}
+        if brain.spec.knobs == changes["knobs"]:
+            changes["knob_options"] = brain.spec.knob_options
     if job["reward"] is not None:
         changes["reward"] = job["reward"]
-    if job["base"] is not None:
+    if brain is not None and brain.spec.base.name == job["base"]:
+        changes["base"] = brain.spec.base
+    elif job["base"] is not None:
         own = agent.needs.base
         options = dict(own.options) if own.name == job["base"] else {}
         changes["base"] = Base(job["base"], _cosine_of(task, options) if job["base"] == "cosine" else options)
@@ -153,9 +160,9 @@ def _make_spec(job: Job, task: Task, agent: Agent) -> ControlSpec:
         changes["timing"] = Timing(every=job["every"])
     elif agent.needs.timing.every is not None and "every" not in job["options"]:
         changes["timing"] = Timing(every=task.eval_every)
-    spec = replace(ControlSpec.for_agent(agent), **changes)
-    if job["brain"] is not None:
-        Brain.load(job["brain"]).check_spec(spec)
+    spec = ControlSpec.for_agent(agent, **changes)
+    if brain is not None:
+        brain.check_spec(spec)
     return spec
 
 
@@ -190,7 +197,7 @@ class _Run:
             agent = _make_agent(job, self.task)
             spec = _make_spec(job, self.task, agent)
         saved = folder.resume()
-        self.learning = {"runs": 0, "optimizer_steps": 0}
+        self.learning = {"runs": 0, "optimizer_steps": 0, "flops": 0}
         if saved is None and not job["placebo"]:
             self._learn_before(agent, spec, data)
         self.loop, self.controller = self._make(agent, spec, data, job["seed"])
@@ -214,6 +221,7 @@ class _Run:
             device=_device(job["device"]),
             precision=job["precision"],
         )
+        self._begin_with(loop, job["start"])
         controller = Controller(
             agent,
             optimizer=loop.optimizer,
@@ -225,6 +233,14 @@ class _Run:
             mode="placebo" if job["placebo"] else "learn",
         )
         return loop, controller
+
+    def _begin_with(self, loop: TrainingLoop, start: Mapping[str, int]) -> None:
+        """Settings of the arm instead of the task's; the budget stays the task's."""
+        try:
+            loop.resize(start.get("batch_size", loop.batch_size))
+        except InputError as error:
+            raise InputError(f"start of arm {self.job['arm']!r}: {error}") from error
+        loop.accumulation = start.get("accumulation", loop.accumulation)
 
     def _learn_before(self, agent: Agent, spec: ControlSpec, data: Data) -> None:
         """What the agent learns from before the run that counts: whole runs under seeds that nothing reports."""
@@ -239,6 +255,7 @@ class _Run:
                 controller.step(loss)
             self.learning["runs"] += 1
             self.learning["optimizer_steps"] += loop.steps_done
+            self.learning["flops"] += loop.flops_used
 
     def _begin(self, spec: ControlSpec) -> None:
         job = self.job
@@ -249,6 +266,7 @@ class _Run:
             "initial_lr": self.task.lr if job["initial_lr"] is None else job["initial_lr"],
             "start": {name: float(value) for name, value in self.controller.state.initial_settings.items()},
             "total_steps": self.loop.total_steps,
+            "flops_budget": self.loop.flops_budget,
             "job": dict(job),
             "spec": self.controller.spec.to_json(),
             "fingerprint": spec.fingerprint,
@@ -304,7 +322,9 @@ class _Run:
         return {
             "optimizer_step": self.loop.steps_done,
             "epoch": self.loop.epoch,
-            "progress": self.loop.steps_done / self.loop.total_steps,
+            "spent": self.loop.spent,
+            "samples": self.loop.samples_seen,
+            "progress": self.loop.spent / self.loop.total_steps,
             "train_loss": None if seen is None else float(seen.train_loss),
             "val_loss": self.validation["loss"],
             "accuracy": self.validation.get("accuracy"),
@@ -319,7 +339,7 @@ class _Run:
         row = self._row()
         return {
             "total_steps": self.loop.total_steps,
-            **{k: row[k] for k in ("optimizer_step", "train_loss", "val_loss")},
+            **{k: row[k] for k in ("optimizer_step", "spent", "train_loss", "val_loss")},
         }
 
     def result(self) -> dict[str, Any]:
@@ -344,6 +364,9 @@ class _Run:
             "eval_accuracy": val.get("accuracy"),
             "epoch": loop.epoch,
             "optimizer_steps": loop.steps_done,
+            "samples": loop.samples_seen,
+            "flops": loop.flops_used,
+            "budget_used": loop.spent / loop.total_steps,
         }
         if controller.agent.is_learned and not self.job["placebo"]:
             self._save_brain()

@@ -11,6 +11,7 @@ from typing import Any
 
 from trimtab import registry
 from trimtab.agents.base import Agent
+from trimtab.agents.features import SIGNALS
 from trimtab.agents.policy import PolicyAgent
 from trimtab.envs.episodes import EpisodeOptions
 from trimtab.errors import InputError, unknown_name
@@ -42,11 +43,21 @@ def make_spec(recipe: Recipe) -> ControlSpec:
     part = recipe.spec
     known = inspect.signature(registry.load("agent", recipe.learner)).parameters
     given: dict[str, Any] = {key: value for key, value in recipe.options.items() if key in known}
-    given |= {"n_decisions": part.n_decisions, "base": part.base, "signals": part.signals}
+    given |= {"n_decisions": part.n_decisions, "base": part.base, "signals": _signals(recipe)}
     if part.early_decisions is not None:
         given["early_decisions"] = part.early_decisions
-    agent = make_agent(recipe.learner, given)
-    return ControlSpec.for_agent(agent, reward=part.reward, penalty=part.penalty)
+    if part.knobs[0] != "lr":
+        raise InputError(f"spec.knobs are {list(part.knobs)}; expected 'lr' first, which is always moved")
+    agent = make_agent(recipe.learner, given, n_knobs=len(part.knobs))
+    changes = {"knobs": part.knobs, "knob_options": part.knob_options, "masks": len(part.knobs) > 1}
+    return ControlSpec.for_agent(agent, reward=part.reward, penalty=part.penalty, **changes)
+
+
+def _signals(recipe: Recipe) -> tuple[str, ...] | None:
+    """The recipe's signals; where it names none, the agent's own and what says where the other knobs stand."""
+    part, known = recipe.spec, registry.entries("signal")
+    levels = [f"{knob}_unit" for knob in part.knobs[1:] if f"{knob}_unit" in known]
+    return (*SIGNALS, *levels) if part.signals is None and levels else part.signals
 
 
 def new_learner(recipe: Recipe, seed: int) -> Learner:
@@ -118,25 +129,25 @@ def check_recipe(recipe: Recipe) -> None:
                 f"options.group_size is {agent.group_size}, tasks.runs_per_task {recipe.tasks.runs_per_task}; they are "
                 "the same runs, leave group_size out"
             )
-    is_policy = isinstance(learner.agent(), PolicyAgent)
-    if recipe.keep_ranges and not is_policy:
-        raise InputError(f"keep_ranges: agents of {recipe.learner!r} cannot hand over to a rule; leave it out")
+    taught = learner.agent()
     if recipe.keep_ranges:
-        bounded_agent(learner.agent(), dict.fromkeys(spec.signals, (0.0, 0.0)))
-    _check_choice(recipe, can_join=is_policy)
+        if not isinstance(taught, PolicyAgent):
+            raise InputError(f"keep_ranges: agents of {recipe.learner!r} cannot hand over to a rule; leave it out")
+        bounded_agent(taught, dict.fromkeys(spec.signals, (0.0, 0.0)))
+    _check_choice(recipe, can_join=isinstance(taught, PolicyAgent))
 
 
-def bounded_agent(agent: Agent, ranges: Mapping[str, Sequence[float]]) -> Agent:
+def bounded_agent(agent: PolicyAgent, ranges: Mapping[str, Sequence[float]]) -> Agent:
     """The same policy, which lets the rule `uwhg` decide where a signal lies outside its range.
 
     Args:
-        agent: A policy that moves one knob.
+        agent: A policy; in use the rule moves its first knob, the rate, and no other.
         ranges: Signal -> [lowest, highest].
 
     Raises:
         InputError: It does not observe what the rule needs.
     """
-    bounded = make_agent(agent.name, {**agent.options, "ranges": dict(ranges)})
+    bounded = make_agent(agent.name, {**agent.options, "ranges": dict(ranges)}, n_knobs=agent.n_knobs)
     bounded.load_state_dict(agent.state_dict())
     return bounded
 

@@ -50,6 +50,7 @@ def make_provenance(recipe: Recipe, out: Path, plan: Mapping[str, Any], chosen: 
         "root_seed": plan["root_seed"],
         "learner_seeds": list(plan["learner_seeds"]),
         "versions": dict(plan["environment"]),
+        "knobs": list(recipe.spec.knobs),
         **_describe_tasks(recipe),
         "chosen": chosen.name,
         "why": chosen.why,

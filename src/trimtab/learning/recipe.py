@@ -37,14 +37,19 @@ class SpecPart(Strict):
     """What the agent observes, how it acts, when, and what it is rewarded for; None is the agent's own.
 
     Attributes:
+        knobs: Names of the knobs that are moved together, "lr" first. With more than one, a knob is left out in the
+            runs where it cannot act (`ControlSpec.masks`), and every run has its budget in training FLOPs.
+        knob_options: Options of knobs, such as their bounds, by name.
         n_decisions: Decisions after the early ones, in equal parts of the budget.
         early_decisions: Decisions of 1 % of the budget at the start.
         base: Name of the schedule under it.
-        signals: Names of the signals.
+        signals: Names of the signals; None adds to the agent's own the present level of every knob but the rate.
         reward: Name of the reward.
         penalty: See `ControlSpec.penalty`.
     """
 
+    knobs: Annotated[tuple[Text, ...], Field(min_length=1)] = ("lr",)
+    knob_options: dict[str, Options] = Field(default_factory=dict)
     n_decisions: Count = 20
     early_decisions: Natural | None = None
     base: Text = "cosine"
@@ -123,8 +128,15 @@ class Recipe(Strict):
     keep_ranges: Annotated[bool, Field(strict=True)] = False
 
     def to_json(self) -> dict[str, Any]:
-        """As it would stand in a file, with every default written out."""
-        return self.model_dump(mode="json", by_alias=True)
+        """As it would stand in a file, with every default written out, but of what was added later.
+
+        So that brains whose making began before can be finished.
+        """
+        data = self.model_dump(mode="json", by_alias=True)
+        for key in ("knobs", "knob_options"):
+            if key not in self.spec.model_fields_set:
+                del data["spec"][key]
+        return data
 
     @property
     def choosing_families(self) -> tuple[str, ...]:

@@ -134,7 +134,7 @@ def load_candidate(recipe: Recipe, folder: Path, brains: Sequence[str]) -> Agent
     loaded = [Brain.load(folder / brain) for brain in brains]
     policies = [brain.agent for brain in loaded if isinstance(brain.agent, PolicyAgent)]
     agent = loaded[0].agent if len(loaded) == 1 else PolicyAgent.join(policies)
-    if not recipe.keep_ranges:
+    if not recipe.keep_ranges or not isinstance(agent, PolicyAgent):
         return agent
     return bounded_agent(agent, joined_ranges([brain.provenance["ranges"] for brain in loaded]))
 

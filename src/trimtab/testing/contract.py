@@ -126,7 +126,7 @@ def make_state(
         measured = [value(0.5 + 0.1 * number), value(3.0 - number), value(0.2), value(0.004 * (number + 1))]
         measured += [value(scale * 0.1), value(0.001), value(0.003), value(0.02), value(10.0)]
         state.initial_loss = value(scale * 2.5)
-        state.optimizer_steps = 10 * (number + 1)
+        state.optimizer_steps = state.spent = 10 * (number + 1)
         state.record(Interval(*losses, *measured))
     return state
 

@@ -41,15 +41,18 @@ class IntervalStats(NamedTuple):
     """What was measured in some steps of R runs.
 
     Attributes:
-        losses: Train loss of every step, (n, R).
+        losses: Train loss of every step, (n, R). All runs end with the last row; NaN before a run's first step.
         norms: |u|, |theta|, |g| and <g, u> at each measured step, (m, 4, R); u is the update before, as
-            theta_t = theta_(t-1) - u.
-        layer_ratios: |u| / |theta| of each matrix or kernel, (m, layers, R); NaN where a run has no such layer.
+            theta_t = theta_(t-1) - u; NaN before a run's second step.
+        layer_ratios: |u| / |theta| of each matrix or kernel, (m, layers, R); NaN where a run has no such layer, or as
+            above.
+        counts: Steps of each run, (R,).
     """
 
     losses: Tensor
     norms: Tensor
     layer_ratios: Tensor
+    counts: npt.NDArray[np.int64]
 
 
 class BatchedTraining:
@@ -101,6 +104,9 @@ class BatchedTraining:
         self.parameters = self._network.draw(seeds, dtype)
         self._views = [view.requires_grad_() for view in self._network.views(self.parameters)]
         self._gradient = torch.zeros_like(self.parameters)
+        # Of runs whose last interval was a single step: their weights before it, to be compared at the next one.
+        self._is_lone = np.zeros(self.n_runs, dtype=np.bool_)
+        self._before_lone = self.parameters.detach()
         decays = torch.zeros(self._network.n_parameters, dtype=torch.bool)
         for layer in self._network.layers:
             decays[layer.weights] = True
@@ -175,37 +181,69 @@ class BatchedTraining:
 
     # ---- training -----------------------------------------------------------------------------------------------
 
-    def run(self, n_steps: int, factors: Sequence[float] | None = None) -> IntervalStats:
+    def run(
+        self,
+        n_steps: int | npt.NDArray[np.int64],
+        factors: Sequence[float] | npt.NDArray[np.float64] | None = None,
+    ) -> IntervalStats:
         """Take so many optimizer steps, and measure as a gradient probe does: at the last, and every tenth before it.
 
         Args:
-            n_steps: At least 1; of a single step nothing but the loss is measured.
-            factors: What all rates are multiplied with in each step; None: 1.
+            n_steps: At least 1; of a single step nothing but the loss is measured, until the step after it. Or a number
+                for each run, (R,), from 0 on: all end together, and those with fewer begin later and are until then
+                what they were.
+            factors: What rates are multiplied with in each step, (n,), or (n, R) where runs differ; None: 1.
 
         Raises:
             InputError: No step was asked for, or there are not as many factors as steps.
         """
-        if n_steps < 1 or (factors is not None and len(factors) != n_steps):
+        counts = np.broadcast_to(np.asarray(n_steps), (self.n_runs,)).astype(np.int64)
+        n = int(counts.max())
+        is_wrong = n_steps < 1 if isinstance(n_steps, int) else bool((counts < 0).any())
+        if is_wrong or (factors is not None and len(factors) != n):
             raise InputError(f"run({n_steps}) with factors {factors}; expected 1 step or more, and a factor for each")
         losses, norms, ratios = [], [], []
         before: Tensor | None = None
-        self.optimizer.plan([1.0] * n_steps if factors is None else factors)
-        for left, rows in zip(range(n_steps, 0, -1), self._orders.next(n_steps), strict=True):
-            losses.append(self._backward(rows))
+        own = torch.from_numpy(counts).to(self._device)
+        is_uneven = int(counts.min()) < n
+        begun = self.snapshot() if is_uneven else {}
+        if n:
+            self.optimizer.plan([1.0] * n if factors is None else factors, n - own if is_uneven else None)
+        for left, rows in zip(range(n, 0, -1), self._orders.next(counts), strict=True):
+            if is_uneven:
+                if left < n and (counts == left).any():
+                    self._put_back(begun, own == left)
+                # What is wider belongs to runs that have not begun.
+                rows = rows[:, : int(self._sizes[counts >= left].max())]
+            loss = self._backward(rows)
+            losses.append(loss.where(own >= left, math.nan) if is_uneven else loss)
             if before is not None:
                 row, layers = self._measure(before)
-                norms.append(row)
-                ratios.append(layers)
+                norms.append(row.where(own > left, math.nan))
+                ratios.append(layers.where(own > left, math.nan))
                 before = None
+            if (is_next := self._is_lone & (counts == left)).any():
+                self._is_lone &= ~is_next
+                if left == 1 or left % MEASURE_EVERY == 2:  # else a probe does not look at an interval's first step
+                    at = torch.from_numpy(is_next).to(self._device)
+                    row, layers = self._measure(self._before_lone)
+                    norms.append(row.where(at, math.nan))
+                    ratios.append(layers.where(at, math.nan))
             if left % MEASURE_EVERY == 2:
                 before = self.parameters.clone()
+            if left == 1 and (lone := counts == 1).any():
+                at = torch.from_numpy(lone).to(self._device).unsqueeze(1)
+                self._before_lone = torch.where(at, self.parameters, self._before_lone)
+                self._is_lone |= lone
             self.optimizer.step(self._gradient)
             self.steps_done += 1
-        shape = (0, 4, self.n_runs), (0, len(self._network.layers), self.n_runs)
+        if is_uneven:
+            self._put_back(begun, own == 0)
         return IntervalStats(
-            torch.stack(losses),
-            torch.stack(norms) if norms else self.parameters.new_zeros(shape[0]),
-            torch.stack(ratios) if ratios else self.parameters.new_zeros(shape[1]),
+            torch.stack(losses) if losses else self.parameters.new_zeros((0, self.n_runs)),
+            torch.stack(norms) if norms else self.parameters.new_zeros((0, 4, self.n_runs)),
+            torch.stack(ratios) if ratios else self.parameters.new_zeros((0, len(self._network.layers), self.n_runs)),
+            counts,
         )
 
     def _backward(self, rows: Tensor) -> Tensor:
@@ -214,7 +252,7 @@ class BatchedTraining:
         self._drop.steps_done = self.steps_done
         outputs = self._network.forward(self._views, inputs, self._drop if self._drop.is_needed else _keep)
         each = self._losses(outputs, targets)
-        losses = each.mean(1) if self._shares is None else (each * self._shares).sum(1)
+        losses = each.mean(1) if self._shares is None else (each * self._shares[:, : rows.shape[1]]).sum(1)
         gradients = torch.autograd.grad(losses.sum(), self._views)
         torch.cat([gradient.flatten(1) for gradient in gradients], 1, out=self._gradient)
         return losses.detach()
@@ -280,7 +318,6 @@ class BatchedTraining:
         """Weights and optimizer state of all runs, copied."""
         return {name: tensor.clone() for name, tensor in self._kept().items()}
 
-    @torch.no_grad()
     def restore(self, snapshot: dict[str, Tensor], runs: Tensor) -> None:
         """Put weights and optimizer state of some runs back; their data go on where they are.
 
@@ -288,6 +325,11 @@ class BatchedTraining:
             snapshot: What `snapshot` gave.
             runs: Which runs; (R,), bool.
         """
+        self._is_lone &= ~runs.cpu().numpy()  # what would be measured of them next is of a past that is no more
+        self._put_back(snapshot, runs)
+
+    @torch.no_grad()
+    def _put_back(self, snapshot: dict[str, Tensor], runs: Tensor) -> None:
         for name, tensor in self._kept().items():
             axis = 1 if name == "moments" else 0
             places = runs.nonzero().squeeze(1)
@@ -436,14 +478,23 @@ class _Orders:
                 self._places.append((self._n_epochs[number] - 1, place))
         self._sizes = sizes
 
-    def next(self, n_steps: int) -> Tensor:
-        """Rows of the next batches; (n, R, B), padded with row 0 where sizes differ."""
-        if self._sizes is None:
-            rows = np.stack([self._take(number, n_steps) for number in range(len(self._counts))], 1)
+    def next(self, n_steps: npt.NDArray[np.int64]) -> Tensor:
+        """Rows of the next batches, (n, R, B), padded with row 0 where sizes differ; those of a run are the last ones.
+
+        Args:
+            n_steps: Of each run; (R,).
+        """
+        longest = int(n_steps.max())
+        if self._sizes is None and int(n_steps.min()) == longest:
+            rows = np.stack([self._take(number, longest) for number in range(len(self._counts))], 1)
             return torch.from_numpy(rows).to(self._device).index_select(1, self._order_of)
-        rows = np.zeros((n_steps, len(self._numbers), int(self._sizes.max())), np.int64)
-        for run, size in enumerate(self._sizes):
-            rows[:, run, :size] = self._take_own(run, int(size), n_steps)
+        if self._sizes is None:
+            self.resize(np.full(len(self._numbers), self._batch_size))
+        sizes = np.asarray(self._sizes)
+        rows = np.zeros((longest, len(self._numbers), int(sizes.max())), np.int64)
+        for run, (size, count) in enumerate(zip(sizes.tolist(), n_steps.tolist(), strict=True)):
+            if count:
+                rows[longest - count :, run, :size] = self._take_own(run, size, count)
         for number, known in enumerate(self._epochs):
             oldest = min(place[0] for place, own in zip(self._places, self._numbers, strict=True) if own == number)
             self._epochs[number] = {epoch: order for epoch, order in known.items() if epoch >= oldest}

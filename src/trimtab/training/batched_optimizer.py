@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -91,15 +93,19 @@ class BatchedOptimizer:
         self._rest1 = (1 - self._beta1).to(self._rest1)
 
     @torch.no_grad()
-    def plan(self, factors: Sequence[float]) -> None:
+    def plan(self, factors: Sequence[float] | npt.NDArray[np.float64], delays: Tensor | None = None) -> None:
         """Work out what depends on rates and counts alone, for so many steps at once: small operations are dear.
 
         Args:
-            factors: What every run's rate is multiplied with in each step: the schedule under a controller.
+            factors: What every run's rate is multiplied with in each step, the schedule under a controller; (n,), or
+                (n, R).
+            delays: Steps before each run's first; (R,). None: all begin with the first.
         """
         places = torch.arange(1, len(factors) + 1, dtype=torch.float64, device=self.lr.device)
         counts = self.steps + places.view(-1, 1, 1)  # (n, R, 1)
-        rates = self.lr * places.new_tensor(factors).view(-1, 1, 1)
+        if delays is not None:
+            counts = (counts - delays.view(-1, 1)).clamp(min=1.0)
+        rates = self.lr * torch.from_numpy(np.asarray(factors, np.float64)).to(places).view(len(factors), -1, 1)
         root = (1 - self._beta2**counts).sqrt()
         # m / (1 - beta1^t) / (sqrt(v) / root + eps): root is taken out of the division of large tensors.
         scales = rates * root / (1 - self._beta1**counts)

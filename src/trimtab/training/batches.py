@@ -30,6 +30,9 @@ class Batches(Protocol):
     def next(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the next micro-batch."""
 
+    def example(self, size: int) -> Tensor:
+        """Inputs of a micro-batch of this size, always the same; the stream stays where it is."""
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""
 
@@ -73,6 +76,10 @@ class EpochBatches:
         rows = self._order[end - size : end]
         self._position = end
         return self._split.inputs.index_select(0, rows), self._split.targets.index_select(0, rows)
+
+    def example(self, size: int) -> Tensor:
+        """(B, ...) inputs: the first ones of the split."""
+        return self._split.inputs[:size]
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch's order, the place in it, and the generator of the next."""
@@ -121,6 +128,11 @@ class WindowBatches:
         """(B, T) tokens and the (B, T) tokens that follow them, int64."""
         places = torch.randint(self._n_places, (self.batch_size,), generator=self._generator)
         return _windows(self._tokens, places.to(self._tokens.device, non_blocking=True), self._offsets)
+
+    def example(self, size: int) -> Tensor:
+        """(B, T) tokens: windows that begin at the first tokens of the text."""
+        places = torch.arange(min(size, self.n_samples), device=self._tokens.device)
+        return _windows(self._tokens, places, self._offsets)[0]
 
     def state_dict(self) -> dict[str, Any]:
         """The generator."""

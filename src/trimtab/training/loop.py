@@ -3,6 +3,10 @@
 Called by the experiments and by environments; whoever controls the run writes to `loop.optimizer` between
 steps. The caller owns the clock: the loop counts steps and stops nobody.
 
+The budget is one of training FLOPs: those of the task's `total_steps` at the task's own batch size, accumulation and
+network. It is kept in optimizer steps of that cost (`spent`, `step_cost`), so that where nothing changes the cost of a
+step it is a number of steps, and no FLOP has to be counted.
+
 What is drawn comes from one seed and three independent streams, "data order", "weights" and "dropout", so the
 same seed gives the same start whatever is done to the run later. No global generator is seeded: it is lent to
 the model for drawing its weights, and for each step if the model has dropout, and put back. A model that
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from trimtab.cost import count_cost
 from trimtab.errors import InputError, unknown_name
 from trimtab.out_of_memory import count_rows, free_memory, half_of, split_batch
 from trimtab.places import dropout_places
@@ -34,6 +39,7 @@ __all__ = ["TrainingLoop", "make_optimizer"]
 
 _PRECISIONS = ("auto", "bf16", "float32")
 _SPLITS = ("test", "train", "val")
+ROUNDING = 1e-6  # of an optimizer step: sums of costs such as 2 / 3 are not exact
 _SETTINGS = ("accumulation", "batch_size", "grad_clip", "max_batch_size")  # what may differ from the task's
 
 
@@ -53,6 +59,7 @@ class TrainingLoop:
         precision: What "auto" came to.
         steps_done: Optimizer steps taken.
         samples_seen: Samples (or windows) trained on.
+        spent: What of the budget is used up, in optimizer steps of the task's own cost.
         accumulation: Micro-batches averaged into one optimizer step; may be written between steps, as may
             `grad_clip` and, through `resize`, `batch_size`.
         grad_clip: Largest norm of the gradient; None leaves it alone.
@@ -70,6 +77,7 @@ class TrainingLoop:
         self.precision = _choose_precision(precision, self.device)
         self.steps_done = 0
         self.samples_seen = 0
+        self.spent = 0.0
         self.test_reads = 0
         self.accumulation = task.accumulation
         self.grad_clip = task.grad_clip
@@ -87,6 +95,10 @@ class TrainingLoop:
         self._dropout_states = _generator_states(derive_seed(seed, "dropout"), self.device)
         self._dropout_places = dropout_places(self.model)
         self._surgeon: Surgeon | None = None
+        # By the sizes of its parameters a network is told from what it was before units or layers were changed.
+        self._sizes = self._first_sizes = self._parameter_sizes()
+        self._flops: dict[tuple[int, ...], int] = {}
+        self._data = data
 
     def _make_batches(self, seed: int) -> Batches:
         generator = torch_generator(seed, "data order")
@@ -97,8 +109,53 @@ class TrainingLoop:
 
     @property
     def total_steps(self) -> int:
-        """Budget in optimizer steps."""
+        """Budget in optimizer steps of the task's own cost."""
         return self.task.total_steps
+
+    @property
+    def step_cost(self) -> float:
+        """What the next optimizer step costs: its training FLOPs over those of a step as the task has it."""
+        self._sizes = self._parameter_sizes()
+        return self._cost()
+
+    def _cost(self) -> float:
+        task = self.task
+        samples = self.batch_size * self.accumulation / (task.batch_size * task.accumulation)
+        if self._sizes == self._first_sizes:
+            return samples
+        return samples * self._example_flops(self._sizes) / self._example_flops(self._first_sizes)
+
+    @property
+    def flops_budget(self) -> int:
+        """Training FLOPs of the whole budget, as `trimtab.cost` counts them."""
+        return self._in_flops(self.total_steps)
+
+    @property
+    def flops_used(self) -> int:
+        """Training FLOPs so far."""
+        return self._in_flops(self.spent)
+
+    def _in_flops(self, steps: float) -> int:
+        samples = steps * self.task.batch_size * self.task.accumulation
+        return round(samples * self._example_flops(self._first_sizes) / min(self.task.batch_size, self.n_samples))
+
+    def _example_flops(self, sizes: tuple[int, ...]) -> int:
+        """Training FLOPs of one pass over the example by the present network, or by the one at the start.
+
+        Counted once for each shape of the network: all that is counted is in proportion to the samples, so that one
+        count serves every batch size.
+        """
+        if sizes not in self._flops:
+            model = self.model
+            if sizes != self._parameter_sizes():  # the one at the start is there no more
+                with scoped_global_rng([torch.Generator().get_state()], torch.device("cpu")):
+                    model = self.task.make_model(self._data).to(self.device)
+            with self._autocast():
+                self._flops[sizes] = count_cost(model, self._batches.example(self.task.batch_size)).step_flops
+        return self._flops[sizes]
+
+    def _parameter_sizes(self) -> tuple[int, ...]:
+        return tuple([p.numel() for group in self.optimizer.param_groups for p in group["params"]])
 
     @property
     def epoch(self) -> float:
@@ -107,8 +164,8 @@ class TrainingLoop:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the train split, rounded up."""
-        return math.ceil(self._batches.epoch_samples / (self.batch_size * self.accumulation))
+        """Optimizer steps of one pass over the train split at the task's own batch size, rounded up."""
+        return math.ceil(self._batches.epoch_samples / (self.task.batch_size * self.task.accumulation))
 
     @property
     def batch_size(self) -> int:
@@ -148,8 +205,8 @@ class TrainingLoop:
         return self._surgeon
 
     def is_over(self) -> bool:
-        """Whether the budget is used up."""
-        return self.steps_done >= self.task.total_steps
+        """Whether the budget is used up: what is left does not pay for another optimizer step."""
+        return self.spent + self.step_cost > self.total_steps + ROUNDING
 
     def step(self) -> Tensor:
         """One optimizer step; gradients stay readable until the next.
@@ -164,6 +221,8 @@ class TrainingLoop:
             torch.OutOfMemoryError: A single sample does not fit.
         """
         self._clear_gradients()
+        self._sizes = self._parameter_sizes()
+        cost = self._cost()
         if any(getattr(module, name) > 0 for module, name in self._dropout_places):
             with scoped_global_rng(self._dropout_states, self.device):
                 loss = self._gradients()
@@ -173,6 +232,7 @@ class TrainingLoop:
             clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()
         self.steps_done += 1
+        self.spent += cost
         return loss
 
     def _clear_gradients(self) -> None:
@@ -289,6 +349,7 @@ class TrainingLoop:
             "task": self.task.name,
             "steps_done": self.steps_done,
             "samples_seen": self.samples_seen,
+            "spent": self.spent,
             "test_reads": self.test_reads,
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -327,6 +388,7 @@ class TrainingLoop:
         self.max_batch_size, self._batches.batch_size = settings["max_batch_size"], settings["batch_size"]
         self.steps_done = state["steps_done"]
         self.samples_seen = state["samples_seen"]
+        self.spent = state["spent"]
         self.test_reads = state["test_reads"]
 
 

@@ -8,14 +8,16 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium.vector import AutoresetMode
 
 import trimtab.envs  # registers
 from trimtab.agents.base import Actions, Timing
 from trimtab.envs.batched import TrainingVectorEnv
-from trimtab.envs.episodes import EpisodeOptions, count_decisions, draw_episode, fitting_horizon
+from trimtab.envs.episodes import Batch, EpisodeOptions, count_decisions, draw_episode, fitting_horizon
 from trimtab.envs.specs import default_spec
 from trimtab.errors import InputError, UnknownNameError
+from trimtab.seeding import derive_seed
 from trimtab.spec import ControlSpec
 from trimtab.tasks.families import SEQUENCE_FAMILIES
 
@@ -284,3 +286,89 @@ def test_knobs_that_some_runs_have_not_are_refused_or_masked() -> None:
     np.testing.assert_allclose(infos["momentum"][went], np.minimum(raised, 0.999)[went], atol=1e-7)
     raised = np.minimum(before["dropout"] + 0.6 * np.log10(2), 0.7)
     np.testing.assert_allclose(infos["dropout"][went], raised[went], rtol=1e-12)
+
+
+# ---- equal FLOPs ----------------------------------------------------------------------------------------------------
+
+
+def test_twice_the_batch_is_half_the_steps_of_the_same_budget() -> None:
+    spec = dataclasses.replace(
+        default_spec(), knobs=("lr", "batch_size"), knob_options={"batch_size": {"low": 4, "high": 64}},
+        actions=Actions("set"), signals=("progress", "interval_log_ratio"),
+    )  # fmt: skip
+    env = TrainingVectorEnv(4, ("mlp",), spec, runs_per_task=4, horizon=(400, 420), initial_lr=(1e-4, 1e-3))
+    seed = next(seed for seed in range(50) if draw(env, seed)[0].tasks[0].batch_size == 16)
+    observation, infos = env.reset(seed=seed)
+    total = int(infos["total_steps"][0])
+    runs = env._runs
+    assert runs is not None
+    (training,) = runs._trainings
+    first = training.optimizer.steps[0, 0].item()
+    assert infos["spent"].tolist() == [first] * 4
+    sizes, terminated, progress = np.array([16.0, 32.0, 64.0, 8.0]), np.zeros(4, dtype=bool), []
+    while not terminated.any():
+        rates = infos["lr"]
+        observation, _, terminated, _, infos = env.step(np.stack([rates, sizes], axis=1))
+        assert not infos["rolled_back"].any()
+        progress.append(observation[:, 0])
+    steps = training.optimizer.steps[:, 0].numpy()
+    np.testing.assert_array_equal(infos["spent"], first + (steps - first) * sizes / 16)
+    left = total - infos["spent"]
+    assert ((left >= 0) & (left < sizes / 16)).all()
+    # So it is half, a quarter, and twice the steps after the first interval, to one.
+    np.testing.assert_allclose(steps - first, (total - first) * 16 / sizes, atol=1)
+    # And all are everywhere at the same share of their budget, to one step.
+    apart = np.ptp(np.array(progress), axis=1)
+    assert apart.max() < 4 / total
+
+
+def test_a_run_whose_step_costs_more_than_an_interval_sleeps_until_it_is_paid_for() -> None:
+    spec = dataclasses.replace(
+        default_spec(), knobs=("lr", "batch_size"), knob_options={"batch_size": {"low": 4, "high": 64}},
+        actions=Actions("set"), signals=("progress", "train_loss_log_ratio", "interval_loss_log_ratio"),
+        reward="log_improvement",
+    )  # fmt: skip
+    env = TrainingVectorEnv(2, ("mlp",), spec, runs_per_task=2, horizon=(60, 80), initial_lr=(1e-4, 1e-3))
+    seed = next(seed for seed in range(50) if draw(env, seed)[0].tasks[0].batch_size == 8)
+    _, infos = env.reset(seed=seed)
+    runs = env._runs
+    assert runs is not None
+    (training,) = runs._trainings
+    observation, reward, *_, infos = env.step(np.stack([infos["lr"], [8.0, 64.0]], axis=1))
+    assert infos["spent"].tolist() == [4, 10]  # a step of 64 costs eight of 8, and an early interval is two
+    n_slept = 0
+    while True:
+        weights = training.parameters[1].clone()
+        asked = [8.0, 32.0] if n_slept else [8.0, 4.0]
+        observation, reward, *_, infos = env.step(np.stack([infos["lr"], asked], axis=1))
+        if not infos["asleep"][1]:
+            break
+        n_slept += 1
+        assert torch.equal(training.parameters[1], weights)
+        assert infos["batch_size"][1] == 4  # as asked after its step; what is asked while it sleeps counts for nothing
+        assert observation[1].tolist() == [10 / infos["total_steps"][1], 0.0, 0.0]
+        assert reward[1] == 0.0
+    assert n_slept == 3
+    assert infos["spent"].tolist() == [12, 12]
+
+
+def test_all_runs_may_sleep_at_once() -> None:
+    spec = dataclasses.replace(
+        default_spec(), knobs=("lr", "batch_size"), knob_options={"batch_size": {"low": 4, "high": 64}},
+        actions=Actions("set"),
+    )  # fmt: skip
+    env = TrainingVectorEnv(2, ("mlp",), spec, runs_per_task=2, horizon=(60, 80), initial_lr=(1e-4, 1e-3))
+    seed = next(seed for seed in range(50) if draw(env, seed)[0].tasks[0].batch_size == 8)
+    _, infos = env.reset(seed=seed)
+    terminated, slept = np.zeros(2, dtype=bool), []
+    while not terminated.any():
+        observation, reward, terminated, _, infos = env.step(np.stack([infos["lr"], [64.0, 64.0]], axis=1))
+        slept.append(infos["asleep"].tolist())
+        assert np.isfinite(observation).all()
+    assert [True, True] in slept
+    assert sorted(reward.tolist()) == [-0.5, 0.5]  # they are ranked at the end, sleeping or not
+    assert (infos["spent"] > infos["total_steps"] - 8).all()
+
+
+def draw(env: TrainingVectorEnv, seed: int) -> list[Batch]:
+    return draw_episode(env.options, env.num_envs, env.control_spec.timing, derive_seed(seed, "episode", 0, "of runs"))

@@ -34,6 +34,7 @@ JOB: dict[str, Any] = {
     "optimizer": None,
     "learn_runs": 0,
     "knobs": ["lr"],
+    "start": {},
     "brain": None,
     "placebo": False,
     "replay_from": None,

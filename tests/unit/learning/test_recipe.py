@@ -52,6 +52,28 @@ BAD = {
         {"keep_ranges": True, "spec": {"signals": ["progress"]}},
         "ppo: the rule 'uwhg' needs the signals update_to_weight, grad_update_cosine, which are not among progress",
     ),
+    "knobs without the rate first": (
+        {"spec": {"knobs": ["weight_decay", "lr"]}},
+        "spec.knobs are ['weight_decay', 'lr']; expected 'lr' first, which is always moved",
+    ),
+    "unknown knob": ({"spec": {"knobs": ["lr", "droput"]}}, "unknown knob 'droput'; did you mean 'dropout'?"),
+    "knob that batches have not": (
+        {"spec": {"knobs": ["lr", "optimizer"]}},
+        "the knob 'optimizer' is not known to batches of runs, which have lr, weight_decay, momentum, dropout, batch_s",
+    ),
+    "knob of the network's shape": ({"spec": {"knobs": ["lr", "units"]}}, "knob 'units'"),
+    "option of a knob that is not there": (
+        {"spec": {"knob_options": {"batch_size": {"low": 8}}}},
+        "unknown knob with options 'batch_size'; known: lr",
+    ),
+    "unknown option of a knob": (
+        {"spec": {"knobs": ["lr", "batch_size"], "knob_options": {"batch_size": {"lo": 8}}}},
+        "unknown option of the knob 'batch_size' 'lo'; did you mean 'low'?",
+    ),
+    "learner of one knob": (
+        {"learner": "dqn", "spec": {"knobs": ["lr", "batch_size"]}, "choose": "best"},
+        "dqn moves one knob, the spec has 2; take 'ppo', which chooses for each",
+    ),
     "ensemble of one": ({"choose": "ensemble", "seeds": 1}, "choose: 'ensemble' of 1 seed; take 2 seeds or more"),
 }  # fmt: skip
 
@@ -88,11 +110,14 @@ def test_agents_of_evolution_cannot_be_joined_and_its_runs_come_in_populations(t
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("defualt", "unknown recipe 'defualt'; did you mean 'default'? known: default, default-open, smoke"),
+        (
+            "defualt",
+            "unknown recipe 'defualt'; did you mean 'default'? known: default, default-open, several-knobs, smoke",
+        ),
         (
             "nowhere.yaml",
             "there is no recipe file nowhere.yaml; give a file that is there, or one of: default, default-open, "
-            "smoke",
+            "several-knobs, smoke",
         ),
     ],
 )
@@ -110,7 +135,7 @@ def test_an_empty_file_is_called_a_recipe(tmp_path):
 
 
 def test_our_recipes_are_good():
-    assert list(recipe_names()) == ["default", "default-open", "smoke"]
+    assert list(recipe_names()) == ["default", "default-open", "several-knobs", "smoke"]
     for name in recipe_names():
         recipe = load_recipe(name)
         assert recipe.recipe == name
@@ -154,6 +179,22 @@ def test_names_become_a_spec_a_learner_and_episodes(tmp_path):
     options = validation_options(recipe)
     assert (options.families, options.runs_per_task, options.horizon) == (("quadratic", "mlp"), 2, (50, 52))
     assert len({learner_seed(root, index) for root in range(3) for index in range(5)}) == 15
+
+
+def test_several_knobs_bring_masks_and_what_says_where_they_stand(tmp_path):
+    knobs = ["lr", "weight_decay", "dropout", "batch_size"]
+    options = {"batch_size": {"low": 8, "high": 64}}
+    recipe = load_recipe(write(tmp_path, spec={"knobs": knobs, "knob_options": options}))
+    spec = make_spec(recipe)
+    assert (spec.knobs, spec.masks, spec.knob_options) == (tuple(knobs), True, options)
+    assert spec.signals == (*SIGNALS, "weight_decay_unit", "dropout_unit", "batch_size_unit")
+    assert spec.action_space.shape == (4,)
+    assert Recipe.model_validate(recipe.to_json()) == recipe
+    chosen = load_recipe(write(tmp_path, spec={"knobs": knobs, "signals": ["progress"]}))
+    assert make_spec(chosen).signals == ("progress",)
+    plain = load_recipe(write(tmp_path))
+    assert not make_spec(plain).masks
+    assert "knobs" not in plain.to_json()["spec"]  # as it was written before there were several
 
 
 def test_the_residual_brings_its_own_early_decisions():
