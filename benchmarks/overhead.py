@@ -1,7 +1,7 @@
 """What RLScheduler costs: whole training loops with it, with torch's CosineAnnealingLR, and with no scheduler.
 
 Twice: `trimtab` is the rule `uwhg` with a decision every 10 optimizer steps; `default` is the default brain at its own
-times (26 in a run), told the model, so that it keeps the averaged weights too.
+times (25 in a run), told the model, so that it keeps the averaged weights too.
 
     python benchmarks/overhead.py [--task digits-mlp] [--pairs 30] [--data-dir DIR] [--out FILE.json]
     python benchmarks/overhead.py --all-knobs [--without optimizer ...]

@@ -60,7 +60,7 @@ def difference(recipe, other):
 
 @pytest.fixture(scope="module")
 def full():
-    return make_full(load_recipe("default"))
+    return make_full(load_recipe("residual"))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_every_signal_is_in_one_family_of_features():
 
 def test_full_is_the_recipe_but_for_what_all_variants_can_have(full):
     changes = {"keep_ranges": False, "choose": "best", "options.residual": None, "spec.early_decisions": None}
-    assert difference(load_recipe("default"), full) == changes
+    assert difference(load_recipe("residual"), full) == changes
     smoke = load_recipe("smoke")
     assert set(difference(smoke, make_full(smoke))) <= {"keep_ranges", "choose"}
 
@@ -95,7 +95,7 @@ def test_each_variant_differs_from_full_in_one_thing(full, variants):
         expected[f"no-{name}"] = {"spec.signals": [signal for signal in SIGNALS if signal not in left_out]}
     assert tuple(variants) == variant_names() == tuple(dict.fromkeys((*variants, *expected)))
     assert {name: difference(full, variant.recipe) for name, variant in variants.items()} == expected
-    assert variants["no-cosine"].recipe.recipe == "default.no-cosine"
+    assert variants["no-cosine"].recipe.recipe == "residual.no-cosine"
     # What the agent itself makes of it: a residual's rule measures first, and takes a seventh early decision.
     assert make_spec(variants["residual"].recipe).timing.early_decisions == 7
     assert make_spec(variants["no-early"].recipe).timing.early_decisions == 0
@@ -125,7 +125,7 @@ def test_evolution_strategies_have_no_gamma_and_no_residual(full):
 
 
 def test_held_out_families_are_neither_trained_on_nor_chosen_by():
-    recipe = load_recipe("default")
+    recipe = load_recipe("residual")
     held = make_full(recipe, ["cnn"])
     assert held.tasks.families == ("mlp", "image_mlp", "mlp", "quadratic")
     assert held.choosing_families == ("mlp", "image_mlp", "wide_mlp")

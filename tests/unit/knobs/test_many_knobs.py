@@ -134,7 +134,8 @@ def check_sequence(
     saved, kept = loop.state_dict(), copy.deepcopy(controller.state_dict())
     losses += advance(loop, controller, 12 - saved_at, poisoned)
     assert all(map(math.isfinite, losses))
-    assert controller.n_rollbacks >= (poisoned > 0)
+    # Decisions lie apart by what is spent, so that where all steps became cheap the next one may not have come yet.
+    assert controller.n_rollbacks >= (0 < poisoned < controller.decisions[-1].optimizer_step)
     for decision in controller.decisions:
         assert decision.read_back == decision.written, decision
     read = controller.read_knobs()
