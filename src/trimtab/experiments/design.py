@@ -51,6 +51,7 @@ class Arm:
         reward: Registered name of the reward; None where nothing is rewarded or the agent's own holds.
         learn_runs: Runs that the arm learns on before each run that counts.
         knobs: Names of the knobs that it moves.
+        knob_options: Knob -> its options.
         brain: Folder of the brain that it goes on from, or None.
         start: Settings of the loop that its runs begin with instead of the task's.
     """
@@ -65,6 +66,7 @@ class Arm:
     reward: str | None
     learn_runs: int
     knobs: tuple[str, ...] = ("lr",)
+    knob_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     brain: str | None = None
     start: Mapping[str, int] = field(default_factory=dict)
 
@@ -291,6 +293,7 @@ class _Resolver:
             if kind == "learned" and not is_taught
             else 0,
             knobs=self._knobs(spec, kind),
+            knob_options=self._knob_options(spec, kind),
             brain=self._brain(spec, kind),
             start=spec.start,
         )
@@ -317,6 +320,15 @@ class _Resolver:
                 f"arm {spec.id!r}: knobs are {list(spec.knobs)}; expected different names, 'lr' among them"
             )
         return spec.knobs
+
+    def _knob_options(self, spec: ArmSpec, kind: str) -> dict[str, Any]:
+        knobs = self._knobs(spec, kind)
+        for name in spec.knob_options:
+            if kind != "learned":
+                raise InputError(f"arm {spec.id!r}: knob_options are for learned arms; this is a {kind}")
+            if name not in knobs:
+                raise unknown_name(f"knob in knob_options of arm {spec.id!r}", name, knobs)
+        return spec.knob_options
 
     def _unknown(self, spec: ArmSpec, agent: str) -> None:
         if spec.agent is not None:

@@ -57,6 +57,7 @@ class Job:
     optimizer: str | None
     learn_runs: int
     knobs: tuple[str, ...]
+    knob_options: Mapping[str, Mapping[str, Any]]
     brain: str | None
     start: Mapping[str, int]
     placebo: bool
@@ -235,6 +236,7 @@ def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | No
         initial_lr=lr,
         learn_runs=arm.learn_runs,
         knobs=arm.knobs,
+        knob_options=dict(arm.knob_options),
         brain=arm.brain,
         start=dict(arm.start),
         placebo=arm.kind == "placebo",
@@ -247,7 +249,7 @@ def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | No
 def _arm_json(arm: Arm) -> dict[str, Any]:
     data = {**asdict(arm), "options": dict(arm.options), "lr": dict(arm.lr), "knobs": list(arm.knobs)}
     # What was added later is left out where it is not used, so that studies begun before can go on.
-    return {key: value for key, value in data.items() if key != "start" or value}
+    return {key: value for key, value in data.items() if key not in ("start", "knob_options") or value}
 
 
 def _as_asked(key: str, value: Any) -> Any:

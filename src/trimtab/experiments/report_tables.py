@@ -38,8 +38,10 @@ def plan_table(arms: Sequence[Mapping[str, Any]], tasks: Sequence[str], rates: M
         rates: (arm, task) -> initial rate.
     """
     rows = []
+    names_knobs = any(list(arm.get("knobs") or ()) not in ([], ["lr"]) for arm in arms)
     for arm in arms:
         options = ", ".join(f"{name}={value}" for name, value in (arm.get("options") or {}).items())
+        knobs = ", ".join(_knob(name, arm) for name in arm.get("knobs") or ("lr",))
         rows.append(
             [
                 str(arm["id"]),
@@ -47,10 +49,12 @@ def plan_table(arms: Sequence[Mapping[str, Any]], tasks: Sequence[str], rates: M
                 str(arm.get("agent") or arm["id"]),
                 str(arm.get("base") or "–"),
                 options or "–",
+                *([knobs] if names_knobs else []),
                 *(rate(rates.get((str(arm["id"]), task))) for task in tasks),
             ]
         )
-    columns = ["arm", "kind", "agent", "base schedule", "options", *(f"initial rate, {task}" for task in tasks)]
+    columns = ["arm", "kind", "agent", "base schedule", "options", *(["knobs"] if names_knobs else [])]
+    columns += [f"initial rate, {task}" for task in tasks]
     return Table("Arms. A dash under the rates: not known before a run of the arm has begun.", columns, rows)
 
 
@@ -65,6 +69,12 @@ def result_tables(rows: Sequence[Row], threshold: Mapping[str, Any]) -> list[Tab
     tables += [_speed(rows, threshold), _control(rows)]
     tables += [table for table in (_sensitivity(rows),) if table is not None]
     return [table for table in tables if table.rows]
+
+
+def _knob(name: str, arm: Row) -> str:
+    """A knob and its options, as in `units (high=128, noise=0.01)`."""
+    options = ((arm.get("knob_options") or {}).get(name) or {}).items()
+    return name + (f" ({', '.join(f'{key}={value}' for key, value in options)})" if options else "")
 
 
 def rate(value: Any) -> str:

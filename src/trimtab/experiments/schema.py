@@ -70,7 +70,8 @@ class ArmSpec(Strict):
     """An arm as written in a study file; a bare name stands for `{id: name}`.
 
     `agent` is the arm's id where it is not given; `lr`, `reward` and `learn_runs` are the study's. `knobs` are what
-    a learned arm moves together; `[lr]` where they are not given. `brain` is the folder of one saved before, from
+    a learned arm moves together, `[lr]` where they are not given, and `knob_options` their bounds and other options:
+    `{units: {high: 128, noise: 0.01}}`. `brain` is the folder of one saved before, from
     which a learned arm goes on; it brings the agent's options. `start` has settings of the loop that a run of the arm
     begins with instead of the task's, and keeps where no knob moves them: `{batch_size: 128, accumulation: 4}`.
     """
@@ -84,6 +85,7 @@ class ArmSpec(Strict):
     reward: Text | None = None
     learn_runs: Natural | None = None
     knobs: tuple[Text, ...] | None = None
+    knob_options: dict[Text, Options] = Field(default_factory=dict)
     brain: Text | None = None
     start: _Start = Field(default_factory=dict)
 

@@ -148,6 +148,8 @@ def _make_spec(job: Job, task: Task, agent: Agent) -> ControlSpec:
         changes |= {key: getattr(brain.spec, key) for key in ("penalty", "turns", "masks")}
         if brain.spec.knobs == changes["knobs"]:
             changes["knob_options"] = brain.spec.knob_options
+    if job["knob_options"]:
+        changes["knob_options"] = job["knob_options"]
     if job["reward"] is not None:
         changes["reward"] = job["reward"]
     if brain is not None and brain.spec.base.name == job["base"]:
@@ -180,7 +182,8 @@ def _replay(job: Job, out: Path) -> tuple[Agent, ControlSpec, float]:
             settings.append(list(settings[-1]))
         settings[row["index"] + 1][spec.knobs.index(row["knob"])] = row["setting"]
     agent = Replay(settings[1:] or settings, spec.timing, spec.base)
-    return agent, ControlSpec.for_agent(agent, reward=spec.reward, knobs=spec.knobs), float(start["lr"])
+    same = {key: getattr(spec, key) for key in ("reward", "knobs", "knob_options", "masks")}
+    return agent, ControlSpec.for_agent(agent, **same), float(start["lr"])
 
 
 class _Run:

@@ -229,6 +229,14 @@ def test_a_wrong_value_is_named_with_what_was_expected(tmp_path, change, text):
             "arm 'cosine': base is for arms that decide; a baseline is its own schedule",
         ),
         ("[{id: cosine, reward: improvement}]", "arm 'cosine': reward and learn_runs are for learned arms"),
+        (
+            "[{id: cosine, knob_options: {lr: {high: 1}}}]",
+            "arm 'cosine': knob_options are for learned arms; this is a baseline",
+        ),
+        (
+            "[{id: a, agent: q_learning, knob_options: {lrr: {high: 1}}}]",
+            "unknown knob in knob_options of arm 'a' 'lrr'; did you mean 'lr'",
+        ),
         ("[{id: default-cosine, lr: 1}]", "arm 'default-cosine': lr: default-cosine brings its own rate"),
         ("[replay]", "arm 'replay': 'replay' needs decisions to replay; use yoked:ARM"),
         (

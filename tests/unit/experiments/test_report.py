@@ -14,6 +14,7 @@ from trimtab.errors import InputError, OutputError
 from trimtab.experiments import report, words
 from trimtab.experiments.document import Bullets, Diff, Heading, Notice, Paragraph, Table, escape, to_markdown
 from trimtab.experiments.report_html import to_html
+from trimtab.experiments.report_tables import plan_table
 
 SECTIONS = ["Idea", "Plan", "Results", "Benchmark results", "Recommended configuration changes", "Conclusion"]
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -290,3 +291,13 @@ def test_few_seeds_are_shown_as_values_and_range():
 def test_identical_arms_are_said_to_be_identical():
     entry = {"n": 5, "verdict": "no difference shown", "identical": True, "mean": 0.0, "interval": [0.0, 0.0]}
     assert words.difference(entry) == "identical to the bit over 5 seeds, that is no difference shown"
+
+
+def test_knobs_and_their_options_stand_in_the_plan():
+    arms = [
+        {"id": "a", "kind": "learned", "knobs": ["lr", "units"], "knob_options": {"units": {"high": 128}}},
+        {"id": "b", "kind": "baseline", "knobs": ["lr"]},
+    ]
+    table = plan_table(arms, ["digits-mlp"], {})
+    assert [row[table.columns.index("knobs")] for row in table.rows] == ["lr, units (high=128)", "lr"]
+    assert "knobs" not in plan_table(arms[1:], ["digits-mlp"], {}).columns

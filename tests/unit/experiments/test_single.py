@@ -34,6 +34,7 @@ JOB: dict[str, Any] = {
     "optimizer": None,
     "learn_runs": 0,
     "knobs": ["lr"],
+    "knob_options": {},
     "start": {},
     "brain": None,
     "placebo": False,
@@ -95,6 +96,20 @@ def test_a_yoked_twin_of_two_knobs_replays_both(tmp_path):
     partner, replayed = rows(tmp_path, "decisions.jsonl"), rows(tmp_path, "decisions.jsonl", "runs/y")
     assert [(row["knob"], row["setting"]) for row in replayed] == [(row["knob"], row["setting"]) for row in partner]
     assert len({row["setting"] for row in partner if row["knob"] == "weight_decay"}) > 1
+
+
+def test_a_yoked_twin_has_the_bounds_of_its_partner(tmp_path):
+    options = {"batch_size": {"low": 4, "high": 48}}
+    given = {"knobs": ["lr", "batch_size"], "knob_options": options, "start": {"batch_size": 16}, "every": 2}
+    run(tmp_path, seed=1, **given)
+    twin = {"kind": "yoked", "of": "q_learning", "agent": "replay", "options": {}, "replay_from": "runs/a"}
+    run(tmp_path, **twin, **given, directory="runs/y")
+    partner, replayed = rows(tmp_path, "decisions.jsonl"), rows(tmp_path, "decisions.jsonl", "runs/y")
+    sizes = [row["setting"] for row in partner if row["knob"] == "batch_size"]
+    assert 4 <= min(sizes) < 16  # below what the knob allows by itself
+    assert max(sizes) <= 48
+    n = min(len(partner), len(replayed))
+    assert [row["setting"] for row in replayed[:n]] == [row["setting"] for row in partner[:n]]
 
 
 class Stopped(Exception):
