@@ -3,8 +3,8 @@
 Called by environments; it knows no reinforcement learning. Every run is the run that `TrainingLoop` makes of the same
 task and seed (tests/parity/test_batched.py), for a hundredth to a tenth of its cost. The caller owns the clock and
 the rates: `optimizer.lr` and `optimizer.weight_decay` act at the next step, and so do `optimizer.set_momentum`,
-`set_dropout`, `resize` and, after `watch_squares`, `optimizer.switch`. Runs may have batches of different sizes: all are as wide as the largest, and what is
-beyond a run's own size counts for nothing.
+`set_dropout`, `resize` and, after `watch_squares`, `optimizer.switch`. Runs may have batches of different sizes: all
+are as wide as the largest, and what is beyond a run's own size counts for nothing.
 
 What is drawn comes from each run's own streams "data order" and "weights", those of `TrainingLoop`, and for dropout
 from a hash of the run's seed, the step and the unit, so that a run does not depend on those beside it.
@@ -181,7 +181,7 @@ class BatchedTraining:
 
     def watch_squares(self) -> None:
         """Keep what `optimizer.switch` needs from now on; to be called before the first step."""
-        inside = torch.zeros_like(self.parameters, requires_grad=False)
+        inside = torch.zeros_like(self.parameters)
         for run in range(self.n_runs):
             for own in self._network.parameters_of(run, inside):
                 own.fill_(1.0)

@@ -2,8 +2,8 @@
 
 Called by `trimtab.training.batched`. The formulas are those of `torch.optim` with its default options; a run's rate and
 decay may change between plans, and its rate, by a factor that all share, at every step. A run may go over to another
-algorithm between plans: `switch` and `conversion` do to its row what `trimtab.knobs.switch`, whose head has the formulas,
-does to the optimizer of a single run.
+algorithm between plans: `switch` and `conversion` do to its row what `trimtab.knobs.switch`, whose head has the
+formulas, does to the optimizer of a single run.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class BatchedOptimizer:
         self._sort(names)
 
     def _sort(self, names: Sequence[str]) -> None:
-        """Note each run's algorithm, and the rows of each: stretches, or numbers where there were too many stretches."""
+        """Note each run's algorithm, and the rows of each: stretches, or numbers where stretches would be many."""
         self.names = tuple(names)
         device = self._parameters.device
         self._is_sgd = torch.tensor([name == "sgd" for name in names], device=device).unsqueeze(1)
@@ -202,9 +202,7 @@ class BatchedOptimizer:
         for name in names:
             if name not in ALGORITHMS:
                 raise unknown_name("algorithm", name, ALGORITHMS)
-        return self._squares, [
-            run for run, (old, new) in enumerate(zip(self.names, names, strict=True)) if old != new
-        ]
+        return self._squares, [run for run, (old, new) in enumerate(zip(self.names, names, strict=True)) if old != new]
 
     # ---- steps --------------------------------------------------------------------------------------------------
 
@@ -296,7 +294,9 @@ class _Squares:
         self._n_steps[runs] = self._n_looks[runs] = 0
 
     def plan(self, n: int, waits: npt.NDArray[Any], is_sgd: Sequence[bool]) -> list[Tensor | None]:
-        """Count the coming steps: of each the weights of its look, (R, 1), 0 for runs that do not look; None: none does.
+        """Count the coming steps, and say how much the look of each counts: (R, 1), 0 where a run does not look.
+
+        Of a step before which no run looks it is None.
 
         Args:
             n: Steps.
