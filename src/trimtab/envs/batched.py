@@ -20,7 +20,7 @@ from gymnasium.vector.utils import batch_space
 
 from trimtab.agents.base import Timing
 from trimtab.agents.scripted import Schedule
-from trimtab.clock import affordable_steps, steps_until
+from trimtab.clock import ROUNDING, affordable_steps, steps_until
 from trimtab.envs.episodes import Batch, EpisodeOptions, draw_episode
 from trimtab.envs.measuring import summarize
 from trimtab.envs.specs import default_spec
@@ -333,13 +333,18 @@ class _Runs:
         # The decision that is answered was counted when its interval ended.
         turn = (self._index - 1) % len(self._knobs) if self._turns else None
         asked = self._spec.decode(actions, self._settings, turn)
+        # A budget that pays for no further step ends a run on its own, which would not be asked here.
+        costs = self._spread(
+            [t.batch_sizes / b.tasks[0].batch_size for t, b in zip(self._trainings, self._batches, strict=True)]
+        )
+        is_used_up = (self.state.budgets - self.state.taken + ROUNDING) / costs < 1
         for column in self._order if turn is None else [turn]:
             knob, before = self._knobs[column], self._settings[:, column]
             moved = np.where(asked[:, column] == before, before, knob.clip(asked[:, column]))
             if knob.name == "batch_size":
                 moved = np.minimum(moved, self._n_samples)
             moved = np.where(self._is_masked[:, column], before, moved)
-            is_held = self._is_cut | self._is_asleep
+            is_held = self._is_cut | self._is_asleep | is_used_up
             moved = np.where(is_held | self._is_lost, before, moved)
             self._set(column, moved, ~is_held)
             if isinstance(knob, CategoricalKnob):
@@ -470,7 +475,10 @@ class _Runs:
         for places, training, snapshot in zip(self._places, self._trainings, snapshots, strict=True):
             training.restore(snapshot, torch.from_numpy(bad[places]).to(training.parameters.device))
         now = self.state.summary
-        self.state.summary = _either(bad, before._replace(initial_val_loss=now.initial_val_loss), now)
+        # Under a controller a validation loss counts when it is reported, before its interval is judged.
+        best = np.where(np.isfinite(now.best_val_loss), now.best_val_loss, before.best_val_loss)
+        kept = before._replace(initial_val_loss=now.initial_val_loss, best_val_loss=best)
+        self.state.summary = _either(bad, kept, now)
         self._is_fresh |= bad
         rate = self._settings[:, self._rate]
         self._set(self._rate, np.where(bad, rate / self._cut, rate), bad)
