@@ -128,7 +128,10 @@ def test_each_pair_of_algorithms_there_and_back(choices: tuple[str, str], decay_
 
 @pytest.mark.parametrize("knobs", [("optimizer", "momentum", "weight_decay"), ("optimizer",)], ids="-".join)
 @pytest.mark.parametrize("turns", [False, True])
-def test_all_at_random_with_momentum_and_decay(knobs: tuple[str, ...], turns: bool) -> None:
+def test_all_at_random_with_momentum_and_decay(
+    knobs: tuple[str, ...], turns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batched_optimizer, "_MAX_STRETCHES", 6 if turns else 2)  # rows by number where all move at once
     spec = spec_of(*knobs, turns=turns)
     total_steps = fitting_horizon(150, spec.timing)
     n_decisions = spec.timing.early_decisions + spec.timing.n_decisions - 1
@@ -175,12 +178,15 @@ def test_the_numbers_of_the_knob() -> None:
     assert ours == (switch.WORTH, switch.MEASURE_EVERY, switch._NEWEST)
 
 
-def test_rows_by_number_are_stretches_to_the_bit() -> None:
+def test_rows_by_number_are_rows_of_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nine runs of algorithms in turn, which are stepped by number, and sorted, in three stretches."""
+    monkeypatch.setattr(batched_optimizer, "_MAX_STRETCHES", 3)
     tasks = [make(0, **STARTS[name][1]) for name in ("sgd", "adam", "adamw") * 3]
     order = sorted(range(9), key=lambda run: run % 3)
     mixed = BatchedTraining(tasks, list(range(9)), [0.01] * 9, dtype=torch.float64)
     by_kind = BatchedTraining([tasks[run] for run in order], order, [0.01] * 9, dtype=torch.float64)
+    assert [type(rows) for _, rows in mixed.optimizer._rows] == [torch.Tensor] * 3
+    assert [type(rows) for _, rows in by_kind.optimizer._rows] == [slice] * 3
     for training in (mixed, by_kind):
         training.run(12)
     torch.testing.assert_close(mixed.parameters[order], by_kind.parameters, rtol=1e-12, atol=1e-12)

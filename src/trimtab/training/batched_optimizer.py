@@ -29,7 +29,7 @@ _BETA2 = 0.999  # torch's default, with which an Adam begins that was SGD
 WORTH = 100
 LOOK_EVERY = 10
 NEWEST = 0.1
-_MAX_STRETCHES = 6  # beyond it three operations on copies are cheaper than one each on views
+_MAX_STRETCHES = 16  # beyond it, on one core, three operations on copies of rows cost less than one a stretch
 
 
 class BatchedOptimizer:

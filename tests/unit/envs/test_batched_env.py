@@ -213,7 +213,7 @@ def test_validation_is_not_reported_by_those_that_have_none() -> None:
         ({"spec": ControlSpec(knobs=("weight_decay",))}, "batches of runs need 'lr' among them"),
         (
             {"spec": ControlSpec(knobs=("lr", "beta2"))},
-            "the knob 'beta2' is not known to batches of runs, which have lr, weight_decay, momentum, optimizer, dropout",
+            "the knob 'beta2' is not known to batches of runs, which have lr, weight_decay, momentum, optimizer,",
         ),
         ({"spec": ControlSpec(turns=True, masks=True)}, "turns and masks together are not known to batches of runs"),
         (
