@@ -20,16 +20,18 @@ from gymnasium.vector.utils import batch_space
 
 from trimtab.agents.base import Timing
 from trimtab.agents.scripted import Schedule
-from trimtab.clock import affordable_steps, steps_until
+from trimtab.clock import ROUNDING, affordable_steps, steps_until
 from trimtab.envs.episodes import Batch, EpisodeOptions, draw_episode
 from trimtab.envs.measuring import summarize
 from trimtab.envs.specs import default_spec
 from trimtab.errors import InputError
+from trimtab.knobs.base import CategoricalKnob, Knob
 from trimtab.run_state import Array, Interval, RunState, Summary, Value
 from trimtab.safety import Guard, Safety
 from trimtab.seeding import derive_seed, numpy_generator
 from trimtab.spec import ControlSpec
 from trimtab.training.batched import BatchedTraining, IntervalStats
+from trimtab.training.batched_optimizer import ALGORITHMS
 
 __all__ = ["TrainingVectorEnv"]
 
@@ -46,10 +48,12 @@ class TrainingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     the same shares of its budget. Where a step costs more than an interval it takes none in the intervals that the step
     pays for, and its actions after those count for nothing, as the run on its own would not be asked there.
 
-    Knobs are "lr" (always), "weight_decay", "momentum", "dropout" and "batch_size"; others are refused by name. Many
-    networks that are drawn have no dropout: with `masks` in the spec it is left out there, without it they are refused.
+    Knobs are "lr" (always), "weight_decay", "momentum", "optimizer", "dropout" and "batch_size"; others are refused by
+    name. Many networks that are drawn have no dropout, and an optimizer may not be among the knob's choices: with
+    `masks` in the spec the knob is left out there, without it the run is refused.
 
-    `infos` has, per run: every knob as read back from where it acts (NaN where it is masked), "total_steps",
+    `infos` has, per run: every knob as read back from where it acts (NaN where it is masked; of "optimizer" the place
+    among its choices), "total_steps",
     "group" (the number of its task), "rolled_back", "spent" (of "total_steps"), "asleep" (no step was taken in the last
     interval), and at the end of an episode "score_loss", the final loss on the split that is never observed.
 
@@ -226,6 +230,8 @@ class _Runs:
         self._knobs, self._rate = env._knobs, spec.knobs.index("lr")
         self._cut = env._safety.cut
         self._turns = spec.turns
+        # As in `trimtab.hand`: what moves the rate comes first, and the agent's own move of it starts from there.
+        self._order = sorted(range(len(self._knobs)), key=lambda column: not self._knobs[column].moves_rate)
         self._batches = batches
         self._trainings = [BatchedTraining(b.tasks, b.seeds, b.lr, device=env.device) for b in batches]
         # Runs of a task stand side by side in the order of the tasks, whatever batch they are in.
@@ -255,7 +261,10 @@ class _Runs:
         self._spent = [np.zeros(len(b.tasks)) for b in batches]  # of the budget, in steps of the cost at the start
         self._targets = [0] * len(batches)  # of the last decision, in the same unit
         self._is_asleep = np.zeros(n_runs, dtype=np.bool_)  # no step was taken in the last interval
-        self._settings = np.stack([self._read(knob.name) for knob in self._knobs], axis=1)
+        if "optimizer" in spec.knobs:
+            for training in self._trainings:
+                training.watch_squares()
+        self._settings = np.stack([self._read(knob) for knob in self._knobs], axis=1)
         self._is_masked = np.isnan(self._settings)
         self._check_masks()
         self._n_samples = self._spread([training.n_samples for training in self._trainings])
@@ -273,42 +282,87 @@ class _Runs:
     def _check_masks(self) -> None:
         """Refuse runs that a knob cannot act on, where the spec does not mask it."""
         if self._is_masked.any() and not self._spec.masks:
-            run = int(self._is_masked.any(1).argmax())
-            family = self._batches[self._homes[run][0]].family
+            run, column = np.argwhere(self._is_masked)[0].tolist()
+            knob = self._knobs[column]
+            number, place = self._homes[run]
+            why = "its network has no dropout"
+            if isinstance(knob, CategoricalKnob):
+                name = self._trainings[number].optimizer.names[place]
+                why = f"its optimizer is {name!r}, which is not among the choices {list(knob.choices)}"
             raise InputError(
-                f"the knob 'dropout' cannot act on a run of the family {family!r}: its network has no dropout; leave "
-                "the knob out, or give masks=True"
+                f"the knob {knob.name!r} cannot act on a run of the family {self._batches[number].family!r}: {why}; "
+                "leave the knob out, or give masks=True"
             )
 
-    def _read(self, knob: str) -> Array:
+    def _read(self, knob: Knob) -> Array:
         """A knob's values as they stand where they act; NaN where it has none; (R,)."""
-        return self._spread([_READ[knob](training) for training in self._trainings])
+        values = self._spread([_READ[knob.name](training) for training in self._trainings])
+        if isinstance(knob, CategoricalKnob):
+            place_of = [knob.choices.index(name) if name in knob.choices else np.nan for name in ALGORITHMS]
+            return np.array(place_of)[values.astype(np.int64)]
+        return values
 
     def _write(self) -> None:
         """Make the settings act; the rates of lost runs are 0."""
-        for column, knob in enumerate(self._knobs):
-            values = (
-                np.where(self._is_lost, 0.0, self._settings[:, column])
-                if knob.name == "lr"
-                else self._settings[:, column]
-            )
+        for column in self._order:
+            knob, values = self._knobs[column], self._settings[:, column]
+            if isinstance(knob, CategoricalKnob):
+                self._switch(self._names(knob, values))
+                continue
+            if column == self._rate:
+                values = np.where(self._is_lost, 0.0, values)
             for places, training in zip(self._places, self._trainings, strict=True):
                 _WRITE[knob.name](training, values[places])
+
+    def _names(self, knob: CategoricalKnob, values: Array) -> list[list[str]]:
+        """Of each batch the algorithms that settings (R,) of the knob stand for; masked runs keep theirs."""
+        return [
+            [
+                old if np.isnan(value) else knob.choices[int(value)]
+                for old, value in zip(names, values[places], strict=True)
+            ]
+            for places, names in zip(self._places, [t.optimizer.names for t in self._trainings], strict=True)
+        ]
+
+    def _switch(self, names: list[list[str]]) -> None:
+        for own, training in zip(names, self._trainings, strict=True):
+            training.optimizer.switch(own)
 
     def act(self, actions: npt.NDArray[Any]) -> None:
         """Move the settings; of a run that was just rolled back the guard has moved the rate, and nothing else does."""
         # The decision that is answered was counted when its interval ended.
         turn = (self._index - 1) % len(self._knobs) if self._turns else None
         asked = self._spec.decode(actions, self._settings, turn)
-        for column in range(len(self._knobs)) if turn is None else [turn]:
+        # A budget that pays for no further step ends a run on its own, which would not be asked here.
+        costs = self._spread(
+            [t.batch_sizes / b.tasks[0].batch_size for t, b in zip(self._trainings, self._batches, strict=True)]
+        )
+        is_used_up = (self.state.budgets - self.state.taken + ROUNDING) / costs < 1
+        for column in self._order if turn is None else [turn]:
             knob, before = self._knobs[column], self._settings[:, column]
             moved = np.where(asked[:, column] == before, before, knob.clip(asked[:, column]))
             if knob.name == "batch_size":
                 moved = np.minimum(moved, self._n_samples)
             moved = np.where(self._is_masked[:, column], before, moved)
-            is_held = self._is_cut | self._is_asleep
-            self._set(column, np.where(is_held | self._is_lost, before, moved), ~is_held)
+            is_held = self._is_cut | self._is_asleep | is_used_up
+            moved = np.where(is_held | self._is_lost, before, moved)
+            self._set(column, moved, ~is_held)
+            if isinstance(knob, CategoricalKnob):
+                self._follow(self._names(knob, moved))
+                asked = self._spec.decode(actions, self._settings, turn)
         self._write()
+
+    def _follow(self, names: list[list[str]]) -> None:
+        """Convert rates and decays of the runs that are about to switch, and record it, as `trimtab.hand` does."""
+        pairs = [t.optimizer.conversion(own) for own, t in zip(names, self._trainings, strict=True)]
+        for name, parts in zip(("lr", "weight_decay"), zip(*pairs, strict=True), strict=True):
+            if name in self._spec.knobs:
+                column, factors = self._spec.knobs.index(name), self._spread(list(parts))
+                self._set(column, self._settings[:, column] * factors, factors != 1)
+                continue
+            for factors, training in zip(parts, self._trainings, strict=True):
+                decay = training.optimizer.weight_decay
+                decay.mul_(torch.from_numpy(factors).to(decay).unsqueeze(1))
 
     def _set(self, column: int, values: Array, where: npt.NDArray[np.bool_]) -> None:
         name, state, before = self._knobs[column].name, self.state, self._settings[:, column]
@@ -421,7 +475,10 @@ class _Runs:
         for places, training, snapshot in zip(self._places, self._trainings, snapshots, strict=True):
             training.restore(snapshot, torch.from_numpy(bad[places]).to(training.parameters.device))
         now = self.state.summary
-        self.state.summary = _either(bad, before._replace(initial_val_loss=now.initial_val_loss), now)
+        # Under a controller a validation loss counts when it is reported, before its interval is judged.
+        best = np.where(np.isfinite(now.best_val_loss), now.best_val_loss, before.best_val_loss)
+        kept = before._replace(initial_val_loss=now.initial_val_loss, best_val_loss=best)
+        self.state.summary = _either(bad, kept, now)
         self._is_fresh |= bad
         rate = self._settings[:, self._rate]
         self._set(self._rate, np.where(bad, rate / self._cut, rate), bad)
@@ -430,7 +487,7 @@ class _Runs:
     def infos(self) -> dict[str, Any]:
         """See `TrainingVectorEnv`."""
         infos = {
-            **{knob.name: self._read(knob.name) for knob in self._knobs},
+            **{knob.name: self._read(knob) for knob in self._knobs},
             "total_steps": self.state.budgets.astype(np.int64),
             "group": self.state.groups,
             "rolled_back": self._is_cut.copy(),
@@ -515,11 +572,12 @@ def _column(tensor: torch.Tensor) -> Array:
     return np.asarray(tensor[:, 0].double().cpu().numpy())
 
 
-# Where each knob acts in a batch of runs, in the order of its runs.
+# Where each knob acts in a batch of runs, in the order of its runs; "optimizer" is written by name.
 _READ: dict[str, Callable[[BatchedTraining], Array]] = {
     "lr": lambda training: _column(training.optimizer.lr),
     "weight_decay": lambda training: _column(training.optimizer.weight_decay),
     "momentum": lambda training: _column(training.optimizer.momentum),
+    "optimizer": lambda training: np.array([float(ALGORITHMS.index(name)) for name in training.optimizer.names]),
     "dropout": lambda training: training.dropout,
     "batch_size": lambda training: training.batch_sizes.astype(np.float64),
 }

@@ -189,6 +189,8 @@ class OptimizerChoice(CategoricalKnob):
         if "exp_avg" in entry:  # from Adam to AdamW or back; or the state was loaded before this knob's
             return
         buffer = entry.pop("momentum_buffer", None)
+        if momentum == 0:  # what is left there is of before the momentum was lowered to 0
+            buffer = None
         if square is None or (buffer is None and momentum > 0):  # no gradient was ever seen: Adam begins by itself
             optimizer.state.pop(parameter, None)
             return

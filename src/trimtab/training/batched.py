@@ -3,8 +3,8 @@
 Called by environments; it knows no reinforcement learning. Every run is the run that `TrainingLoop` makes of the same
 task and seed (tests/parity/test_batched.py), for a hundredth to a tenth of its cost. The caller owns the clock and
 the rates: `optimizer.lr` and `optimizer.weight_decay` act at the next step, and so do `optimizer.set_momentum`,
-`set_dropout` and `resize`. Runs may have batches of different sizes: all are as wide as the largest, and what is
-beyond a run's own size counts for nothing.
+`set_dropout`, `resize` and, after `watch_squares`, `optimizer.switch`. Runs may have batches of different sizes: all
+are as wide as the largest, and what is beyond a run's own size counts for nothing.
 
 What is drawn comes from each run's own streams "data order" and "weights", those of `TrainingLoop`, and for dropout
 from a hash of the run's seed, the step and the unit, so that a run does not depend on those beside it.
@@ -26,7 +26,7 @@ from trimtab.errors import InputError, unknown_name
 from trimtab.seeding import derive_seed, torch_generator
 from trimtab.tasks.base import Split
 from trimtab.tasks.small import ModuleNetwork, Network, SmallTask
-from trimtab.training.batched_optimizer import BatchedOptimizer
+from trimtab.training.batched_optimizer import ALGORITHMS, BatchedOptimizer
 from trimtab.training.functional import EXAMPLE_ROWS
 from trimtab.training.stacked import segments, split_rows, stack
 
@@ -179,6 +179,14 @@ class BatchedTraining:
         shares = inside.to(self.parameters.dtype) / torch.from_numpy(self._sizes).unsqueeze(1)
         self._shares = None if sizes.min() == sizes.max() else shares.to(self._device)
 
+    def watch_squares(self) -> None:
+        """Keep what `optimizer.switch` needs from now on; to be called before the first step."""
+        inside = torch.zeros_like(self.parameters)
+        for run in range(self.n_runs):
+            for own in self._network.parameters_of(run, inside):
+                own.fill_(1.0)
+        self.optimizer.watch(inside.bool())
+
     # ---- training -----------------------------------------------------------------------------------------------
 
     def run(
@@ -315,8 +323,9 @@ class BatchedTraining:
     # ---- keeping and putting back -------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Weights and optimizer state of all runs, copied."""
-        return {name: tensor.clone() for name, tensor in self._kept().items()}
+        """Weights and optimizer state of all runs, copied; of use until a run's algorithm is switched."""
+        kinds = torch.tensor([ALGORITHMS.index(name) for name in self.optimizer.names])
+        return {**{name: tensor.clone() for name, tensor in self._kept().items()}, "algorithms": kinds}
 
     def restore(self, snapshot: dict[str, Tensor], runs: Tensor) -> None:
         """Put weights and optimizer state of some runs back; their data go on where they are.
@@ -324,7 +333,18 @@ class BatchedTraining:
         Args:
             snapshot: What `snapshot` gave.
             runs: Which runs; (R,), bool.
+
+        Raises:
+            InputError: One of them had another algorithm when the snapshot was taken.
         """
+        had = [ALGORITHMS[number] for number in snapshot["algorithms"].tolist()]
+        chosen = runs.tolist()
+        for run, (old, new) in enumerate(zip(had, self.optimizer.names, strict=True)):
+            if chosen[run] and old != new:
+                raise InputError(
+                    f"run {run} is at {new!r}, the snapshot is of {old!r}, whose moments mean something else; take one "
+                    "after each switch"
+                )
         self._is_lone &= ~runs.cpu().numpy()  # what would be measured of them next is of a past that is no more
         self._put_back(snapshot, runs)
 

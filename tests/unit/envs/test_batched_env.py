@@ -212,8 +212,8 @@ def test_validation_is_not_reported_by_those_that_have_none() -> None:
         ({"no_validation": 0.8, "some_validation": 0.3}, "expected shares of 1"),
         ({"spec": ControlSpec(knobs=("weight_decay",))}, "batches of runs need 'lr' among them"),
         (
-            {"spec": ControlSpec(knobs=("lr", "optimizer"))},
-            "the knob 'optimizer' is not known to batches of runs, which have lr, weight_decay, momentum, dropout,",
+            {"spec": ControlSpec(knobs=("lr", "beta2"))},
+            "the knob 'beta2' is not known to batches of runs, which have lr, weight_decay, momentum, optimizer,",
         ),
         ({"spec": ControlSpec(turns=True, masks=True)}, "turns and masks together are not known to batches of runs"),
         (

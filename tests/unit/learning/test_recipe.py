@@ -58,8 +58,8 @@ BAD = {
     ),
     "unknown knob": ({"spec": {"knobs": ["lr", "droput"]}}, "unknown knob 'droput'; did you mean 'dropout'?"),
     "knob that batches have not": (
-        {"spec": {"knobs": ["lr", "optimizer"]}},
-        "the knob 'optimizer' is not known to batches of runs, which have lr, weight_decay, momentum, dropout, batch_s",
+        {"spec": {"knobs": ["lr", "beta2"]}},
+        "the knob 'beta2' is not known to batches of runs, which have lr, weight_decay, momentum, optimizer, dropout,",
     ),
     "knob of the network's shape": ({"spec": {"knobs": ["lr", "units"]}}, "knob 'units'"),
     "option of a knob that is not there": (
