@@ -56,7 +56,6 @@ class WeightAverage:
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
-    @torch.no_grad()
     def look(self, t: float) -> None:
         """Take in the weights as they are after t optimizer steps; to be called when t reaches `next_look`.
 
@@ -67,7 +66,8 @@ class WeightAverage:
             self._average = [source.detach().clone() for source in sources]
             self._sources = sources
         else:
-            torch._foreach_lerp_(self._average, sources, 1.0 - (self._last / t) ** DECAY)
+            with torch.no_grad():
+                torch._foreach_lerp_(self._average, sources, 1.0 - (self._last / t) ** DECAY)
         self._last = t
         self.next_look = t + max(1, t // _LOOKS)
 

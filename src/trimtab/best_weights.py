@@ -42,11 +42,10 @@ class BestWeights:
             return
         self._val_loss, self.is_averaged = val_loss, is_averaged
         now = self._model.state_dict()
-        if self._kept is None or list(plan) != self.plan:
+        if self._kept is None or list(plan) != self.plan or self._kept.keys() != now.keys():
             self._kept = {key: value.detach().clone() for key, value in now.items()}
         else:
-            for key, value in now.items():
-                self._kept[key].copy_(value)
+            torch._foreach_copy_([self._kept[key] for key in now], [*now.values()])
         self.plan = list(plan)
 
     def put_back(self, reshape: Callable[[list[dict[str, Any]]], None]) -> bool:

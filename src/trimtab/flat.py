@@ -60,7 +60,8 @@ class FlatView:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._ids = [*map(id, tensors)]
         self._pointers = [*map(_data_ptr, tensors)]
-        views = [tensor.detach().numpy().reshape(-1).data for tensor in tensors]
+        self._flat: list[Floats] = [tensor.detach().numpy().reshape(-1) for tensor in tensors]
+        views = [flat.data for flat in self._flat]
         ends = [*itertools.accumulate([len(view) for view in views])]
         self._places = [(slice(*ends), view) for *ends, view in zip([0, *ends], ends, views, strict=False)]
         self.size = ends[-1] if ends else 0
@@ -90,6 +91,11 @@ class FlatView:
         memory = row.memory
         for place, view in self._places:
             memory[place] = view
+
+    def square(self) -> float:
+        """Sum of the squares of all numbers, where they lie."""
+        with np.errstate(all="ignore"):
+            return sum([float(flat.dot(flat)) for flat in self._flat])
 
     def parts_of(self, row: FlatRow, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The parts of a row as tensors on the row's memory, in the shapes of the tensors shown."""

@@ -82,7 +82,7 @@ class Hand:
         self._last_change: int | None = None
         for column, knob in enumerate(self._knobs):
             self._note(column)
-            state.to_unit[knob.name] = knob.to_unit
+            state.to_unit[knob.name], state.to_unit_one[knob.name] = knob.to_unit, knob.to_unit_one
             state.initial_settings[knob.name] = state.settings[knob.name]
         self.note_turn(0)
 

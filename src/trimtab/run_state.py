@@ -128,6 +128,7 @@ class RunState:
         settings: Level of each knob, in its unit, before the base schedule.
         initial_settings: Level of each knob at the start.
         to_unit: For each knob the map from its settings to the unit interval of its bounds.
+        to_unit_one: The same for one number of a single run, where the controller knows it.
         last_moves: log10 of the factor by which each knob was moved last, by whomever; 0 before the first move.
         rollback_memory: 1 after a roll-back, and then forgotten by a fifth at each decision.
         lowest_bad_rate: Lowest setting of the rate that was rolled back; NaN where none was.
@@ -158,6 +159,7 @@ class RunState:
         self.settings: dict[str, Value] = {}
         self.initial_settings: dict[str, Value] = {}
         self.to_unit: dict[str, Callable[[Array], Array]] = {}
+        self.to_unit_one: dict[str, Callable[[float], float]] = {}
         self.last_moves: dict[str, Value] = {}
         self.rollback_memory: Value = 0.0
         self.lowest_bad_rate: Value = math.nan

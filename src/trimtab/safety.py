@@ -249,7 +249,6 @@ class Snapshot:
         self._is_copied = False  # whether the next row holds what is there now
         self._n_weights = 0  # numbers in a row that are weights, which come first
         self._weights: FlatView | None = None
-        self._scratch = FlatRow(0)
         self._has_values = False  # whether an optimizer keeps more than tensors, to be looked at every time
         self._counts = (0, 0)
         self._layout: list[dict[str, Any]] = []
@@ -288,10 +287,8 @@ class Snapshot:
         view = self._weights
         if view is None or not view.shows(parameters):
             view = self._weights = FlatView(parameters) if FlatView.fits(parameters) else None
-            self._scratch = FlatRow(view.size if view is not None else 0)
         if view is not None:
-            view.copy_to(self._scratch)
-            return _square(self._scratch.numbers)
+            return view.square()
         weights = [parameter.detach() for parameter in parameters]
         if any([weight.dtype == torch.float16 for weight in weights]):  # it ends at 65,504, which a norm may pass
             return gather([weight.sum(dtype=torch.float32) for weight in weights]).sum().view(1)

@@ -91,6 +91,8 @@ def _log_share(part: Value, whole: Value) -> Value:
 
 def _unit(state: RunState, knob: str) -> Value:
     setting = state.settings[knob]
+    if isinstance(setting, float) and knob in state.to_unit_one:
+        return state.to_unit_one[knob](setting)
     found = np.asarray(state.to_unit[knob](np.atleast_1d(setting)))
     # One array among them would make `observe` take the long way for every signal of a single run.
     return found if isinstance(setting, np.ndarray) else float(found[0])

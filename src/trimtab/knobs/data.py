@@ -247,10 +247,11 @@ class BatchSize(Knob):
         self.rate_scaling = rate_scaling
         self.moves_rate = rate_scaling != "none"
         self._written = 0
+        self._place: Any = None  # that holds the size
 
     @override
     def bind(self, state: RunState) -> Array:
-        place = _resizable(state)
+        place = self._place = _resizable(state)
         if place is None:
             raise InputError(
                 f"the knob 'batch_size' cannot act on loader={type(state.loader).__name__}: give the TrainingLoop, a "
@@ -268,19 +269,19 @@ class BatchSize(Knob):
 
     @override
     def get(self, state: RunState) -> float:
-        return float(_resizable(state).batch_size)
+        return float(self._place.batch_size)
 
     @override
     def put(self, state: RunState, value: float) -> None:
         size = int(value)
-        place = _resizable(state)
+        place = self._place
         if size != place.batch_size:
             place.resize(size)
         self._written = size
 
     @override
     def find_conflict(self, state: RunState) -> str | None:
-        place = _resizable(state)
+        place = self._place
         present = int(place.batch_size)
         if present == self._written or _has_fallen_back(place, self._written):
             return None
@@ -288,7 +289,7 @@ class BatchSize(Knob):
 
     @override
     def find_forced(self, state: RunState) -> tuple[float, str] | None:
-        place = _resizable(state)
+        place = self._place
         if not _has_fallen_back(place, self._written):
             return None
         before, self._written = self._written, int(place.batch_size)

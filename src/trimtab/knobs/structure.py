@@ -65,6 +65,7 @@ class StructuralKnob(Knob):
         self._structure: Structure | None = None
         self._pending: dict[str, Any] | None = None  # a loaded state that the network has not followed yet
         self._version = -1  # of the surgeon, when its groups were looked at last
+        self._seen: list[tuple[str, nn.Module]] = []  # the model's modules when they were last found as they should be
         self._written = 0
 
     @property
@@ -118,7 +119,12 @@ class StructuralKnob(Knob):
         if self._pending is not None:
             return None
         self._look()
-        return self._find_other()
+        modules = _tree_of(self._surgeon.model)
+        if modules != self._seen:  # most often nobody has touched them
+            if (found := self._find_other()) is not None:
+                return found
+            self._seen = modules
+        return self._find_other_size()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -138,7 +144,7 @@ class StructuralKnob(Knob):
         surgeon = self._surgeon
         if self._version != surgeon.version:
             self._take_in(surgeon)
-            self._version = surgeon.version
+            self._version, self._seen = surgeon.version, []
 
     def _module_of(self, name: str) -> nn.Module | None:
         """What stands in the live model under a name; None where nothing does."""
@@ -161,7 +167,11 @@ class StructuralKnob(Knob):
 
     @abstractmethod
     def _find_other(self) -> str | None:
-        """What somebody else has changed."""
+        """What somebody else has changed among the modules."""
+
+    def _find_other_size(self) -> str | None:
+        """What somebody else has changed inside of them."""
+        return None
 
     def _own_state(self) -> dict[str, Any]:
         """What the knob remembers beside its value."""
@@ -324,13 +334,16 @@ class Units(StructuralKnob):
         if self._reference not in self._parts:
             return f"the layer that the knob {self.name!r} reads its value from was taken out of the network"
         for module, part in self._parts.items():
-            present, written = self._module_of(part.name), part.size
-            if present is not module:
+            if self._module_of(part.name) is not module:
                 return f"module {part.name!r}, whose units were written, is another one now"
-            if module is self._reference:
-                written = self._written
-            if _units_of(present) != written:
-                return f"module {part.name!r} has {_units_of(present)} units where {written} were written"
+        return None
+
+    @override
+    def _find_other_size(self) -> str | None:
+        for module, part in self._parts.items():
+            written = self._written if module is self._reference else part.size
+            if _units_of(module) != written:
+                return f"module {part.name!r} has {_units_of(module)} units where {written} were written"
         return None
 
     @override
@@ -410,7 +423,10 @@ class Layers(StructuralKnob):
     def get(self, state: RunState) -> float:
         """Layers that stand in the live model, without those that are no hidden ones."""
         self._look()
-        return float(sum(module not in self._others for module in _layers_of(self._surgeon.model)))
+        return float(self._count())
+
+    def _count(self) -> int:
+        return len(_layers_of(self._surgeon.model) - self._others)
 
     @override
     def reach(self, state: RunState, before: float, asked: float) -> tuple[float, str]:
@@ -469,7 +485,7 @@ class Layers(StructuralKnob):
         for name, module in self._hidden.items():
             if self._module_of(name) is not module:
                 return f"module {name!r}, a hidden layer, is another one now"
-        present = len(_layers_of(self._surgeon.model) - self._others)
+        present = self._count()
         return None if present == self._written else f"layers are {present} where {self._written} were written"
 
     @override
@@ -498,7 +514,15 @@ def _kind_of(surgeon: Surgeon, name: str) -> str:
 
 
 def _layers_of(model: nn.Module) -> set[nn.Module]:
-    return {module for module in model.modules() if isinstance(module, _LAYERS)}
+    return {module for _, module in _tree_of(model) if isinstance(module, _LAYERS)}
+
+
+def _tree_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The model and all modules in it, with the names they have where they stand; quicker than `named_modules`."""
+    found = [("", model)]
+    for _, module in found:
+        found += [(name, child) for name, child in module._modules.items() if child is not None]
+    return found
 
 
 def _units_of(module: nn.Module | None) -> int:

@@ -42,6 +42,7 @@ from trimtab.run_state import Array, RunState
 __all__ = ["OptimizerChoice"]
 
 _CLASSES: dict[str, type[Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+_NAMES = {kind: name for name, kind in _CLASSES.items()}
 WORTH = 100  # steps: v forgets its warm start over about as many, slowly enough that nothing jumps
 MEASURE_EVERY = 10  # optimizer steps of SGD between two looks at the squared gradients, after the first ten
 _NEWEST = 0.1  # weight of the newest look
@@ -304,7 +305,7 @@ def _add_keys(optimizer: Optimizer, kind: type[Optimizer]) -> None:
 
 
 def _name(optimizer: Optimizer) -> str | None:
-    return next((name for name, kind in _CLASSES.items() if type(optimizer) is kind), None)
+    return _NAMES.get(type(optimizer))
 
 
 def _wrapper(optimizer: Optimizer) -> str | None:
