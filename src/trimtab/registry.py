@@ -77,8 +77,8 @@ _KNOBS = {
     "batch_size": Entry("trimtab.knobs.data:BatchSize", "samples in a batch, in the middle of an epoch"),
     "accumulation": Entry("trimtab.knobs.data:Accumulation", "micro-batches in an optimizer step"),
     "dropout": Entry("trimtab.knobs.model:Dropout", "probability of every dropout in the model"),
-    "layers": Entry("trimtab.knobs.structure:Layers", "hidden layers of the network while it trains"),
-    "units": Entry("trimtab.knobs.structure:Units", "units of the layers of the network while it trains"),
+    "layers": Entry("trimtab.knobs.layers:Layers", "hidden layers of the network while it trains"),
+    "units": Entry("trimtab.knobs.units:Units", "units of the layers of the network while it trains"),
 }
 _SIGNALS = {
     "train_loss_log_ratio": Entry(

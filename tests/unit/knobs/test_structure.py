@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from surgery_networks import assert_consistent, make, train, weights
 from trimtab import InputError, registry
 from trimtab.knobs.data import ResizableBatchSampler
-from trimtab.knobs.structure import Layers, Units
+from trimtab.knobs.layers import Layers
+from trimtab.knobs.units import Units
 from trimtab.run_state import RunState
 from trimtab.surgery import Surgeon, replay
 from trimtab.training.loop import TrainingLoop

@@ -20,7 +20,7 @@ from trimtab import Controller, ControlSpec, InputError, registry
 from trimtab.agents.base import Actions, Timing
 from trimtab.agents.scripted import Replay
 from trimtab.errors import ConflictError
-from trimtab.knobs.structure import Units
+from trimtab.knobs.units import Units
 from trimtab.records import Decision
 from trimtab.run_state import RunState
 from trimtab.safety import Gate, Safety
