@@ -17,7 +17,7 @@ from trimtab.agents.base import Timing
 from trimtab.errors import InputError, unknown_name
 from trimtab.run_state import Array
 from trimtab.seeding import derive_seed, numpy_generator
-from trimtab.tasks.families import BATCH_SIZES, FAMILIES, SEQUENCE_FAMILIES, draw_task
+from trimtab.tasks.families import BATCH_SIZES, FAMILIES, SEQUENCE_FAMILIES, check_train_rows, draw_task
 from trimtab.tasks.small import SEQUENCE_KINDS, Network, SmallTask
 
 __all__ = [
@@ -51,6 +51,7 @@ class EpisodeOptions:
         horizon: Least and largest budget in optimizer steps, drawn log-uniformly for each batch of runs.
         max_cnn_horizon: The largest for convolutional networks, and for wide, attention and recurrent ones, which cost
             ten times as much a step and more.
+        train_rows: Least and most rows that a task trains on; see `draw_task`. None is each family's own range.
         initial_lr: Least and largest initial rate, drawn log-uniformly, spread evenly over the runs of a task.
         no_validation: Share of tasks whose runs never report a validation loss.
         some_validation: Share of tasks whose runs report one at every other decision, by chance.
@@ -64,6 +65,7 @@ class EpisodeOptions:
     runs_per_task: int = 16
     horizon: tuple[int, int] = (50, 2000)
     max_cnn_horizon: int = 500
+    train_rows: tuple[int, int] | None = None
     initial_lr: tuple[float, float] = (1e-5, 1e-1)
     no_validation: float = 0.25
     some_validation: float = 0.25
@@ -81,6 +83,7 @@ class EpisodeOptions:
                 raise InputError(f"{name} is ({low}, {high}); expected two numbers in order, {least:g} or more")
         if self.max_cnn_horizon < self.horizon[0]:
             raise InputError(f"max_cnn_horizon is {self.max_cnn_horizon}; expected {self.horizon[0]} or more")
+        check_train_rows(self.train_rows)
         if not (
             self.no_validation >= 0 and self.some_validation >= 0 and self.no_validation + self.some_validation <= 1
         ):
@@ -157,7 +160,8 @@ def _draw_batches(
     for group in groups:
         rng_ = numpy_generator(seed, family, group, "task")
         like = tasks[0][0] if tasks and family in SEQUENCE_FAMILIES else None  # only copies are trained together
-        tasks.append((draw_task(family, rng_, batch_size=batch_size, like=like), group))
+        rows = options.train_rows
+        tasks.append((draw_task(family, rng_, batch_size=batch_size, train_rows=rows, like=like), group))
     tasks.sort(key=_likeness)
     batches = []
     for _, alike in itertools.groupby(tasks, lambda pair: _stackable(pair[0])):

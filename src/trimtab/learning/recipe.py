@@ -65,6 +65,7 @@ class TasksPart(Strict):
     runs_per_task: Count = 16
     horizon: tuple[Count, Count] = (50, 2000)
     max_cnn_horizon: Count = 500
+    train_rows: tuple[Count, Count] | None = None
     initial_lr: tuple[Positive, Positive] = (1e-5, 1e-1)
     no_validation: _Share = 0.25
     some_validation: _Share = 0.25
@@ -136,6 +137,8 @@ class Recipe(Strict):
         for key in ("knobs", "knob_options"):
             if key not in self.spec.model_fields_set:
                 del data["spec"][key]
+        if "train_rows" not in self.tasks.model_fields_set:
+            del data["tasks"]["train_rows"]
         return data
 
     @property

@@ -35,6 +35,7 @@ __all__ = [
     "HELD_OUT",
     "SEQUENCE_FAMILIES",
     "SOURCES",
+    "check_train_rows",
     "draw_task",
     "draw_tasks",
     "is_held_out",
@@ -54,6 +55,7 @@ SEQUENCE_LAYERS = {1: 0.6, 2: 0.4}
 ATTENTION_HEADS = {1: 0.5, 2: 0.5}
 # Of fewer characters a network learns hardly more than how often each occurs; a wide one learns fewer rows by heart.
 MANY_TRAIN_ROWS = (512, 4096)
+MOST_TRAIN_ROWS = 16384  # what there is of Python's source; and drawing more takes longer than training on them
 DROPOUT = (0.05, 0.3)
 COUPLED_DECAY = (1e-5, 1e-2)  # SGD and Adam, where it is added to the gradient
 DECOUPLED_DECAY = (1e-3, 1e-1)  # AdamW, where it is multiplied by the rate
@@ -126,7 +128,12 @@ def draw_tasks(family: str, n: int, seed: int, *, batch_size: int | None = None)
 
 
 def draw_task(
-    family: str, generator: np.random.Generator, *, batch_size: int | None = None, like: SmallTask | None = None
+    family: str,
+    generator: np.random.Generator,
+    *,
+    batch_size: int | None = None,
+    train_rows: tuple[int, int] | None = None,
+    like: SmallTask | None = None,
 ) -> SmallTask:
     """Draw one task of a family.
 
@@ -135,19 +142,22 @@ def draw_task(
         generator: What everything is drawn from.
         batch_size: Rows of an optimizer step, 1 to 64 (the least rows of train); None draws one of `BATCH_SIZES`. All
             else is drawn the same with and without it.
+        train_rows: Least and most rows of train, 64 or more, drawn log-uniformly; a table of few rows gives at most
+            half of what it has. None is the family's own range.
         like: A task of the same family, one of `SEQUENCE_FAMILIES`, whose network and length of rows are taken, so that
             both can be trained as copies of one network; None draws them.
 
     Raises:
         UnknownNameError: No such family.
-        InputError: `like` is of another family, or of one whose networks are stacked as they are; the generator or the
-            batch size is not one; or Python's source, which a family reads, is not there.
+        InputError: `like` is of another family, or of one whose networks are stacked as they are; the generator, the
+            batch size or the range of rows is not one; or Python's source, which a family reads, is not there.
     """
     _check_family(family)
     if not isinstance(generator, np.random.Generator):
         raise InputError(f"generator is {generator!r}; expected a numpy Generator, such as numpy.random.default_rng(0)")
     if batch_size is not None and not (_is_whole(batch_size) and 1 <= batch_size <= BATCH_SIZES[-1]):
         raise InputError(f"batch_size is {batch_size!r}; expected None or a whole number of 1 to {BATCH_SIZES[-1]}")
+    check_train_rows(train_rows)
     if like is not None and not (like.family == family in SEQUENCE_FAMILIES):
         raise InputError(
             f"like is a task of family {like.family!r} for one of {family!r}; expected None, or one of the same family "
@@ -155,8 +165,8 @@ def draw_task(
         )
     source = _choose(generator, _SHARES[family])
     has_many_rows = family in (*SEQUENCE_FAMILIES, "wide_mlp")
-    train_rows = MANY_TRAIN_ROWS if has_many_rows else TRAIN_ROWS
-    sizes = draw_sizes(generator, bundled.N_ROWS.get(source), train_rows)
+    rows = train_rows or (MANY_TRAIN_ROWS if has_many_rows else TRAIN_ROWS)
+    sizes = draw_sizes(generator, bundled.N_ROWS.get(source), rows)
     if like is not None:
         pool = python_source.python_source(generator, sizes, context=like.input_shape[0])
     elif family == "wide_mlp":
@@ -196,6 +206,18 @@ def draw_task(
         batch_size=own_batch_size if batch_size is None else batch_size,
         drawn=drawn,
     )
+
+
+def check_train_rows(train_rows: tuple[int, int] | None) -> None:
+    """Raise InputError where it is not None, or two whole numbers in order of 64 (the largest batch) to 16384."""
+    if train_rows is None:
+        return
+    numbers = isinstance(train_rows, tuple) and len(train_rows) == 2 and all(_is_whole(rows) for rows in train_rows)
+    if not numbers or not BATCH_SIZES[-1] <= train_rows[0] <= train_rows[1] <= MOST_TRAIN_ROWS:
+        raise InputError(
+            f"train_rows is {train_rows!r}; expected None, or the least and most rows of train, "
+            f"{BATCH_SIZES[-1]} to {MOST_TRAIN_ROWS} and in order"
+        )
 
 
 def is_held_out(name: str) -> bool:

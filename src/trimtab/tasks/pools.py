@@ -91,7 +91,7 @@ def draw_sizes(
         train_rows: Least and most rows of train.
     """
     most = train_rows[1] if available is None else min(train_rows[1], available // 2)
-    train = log_uniform_count(generator, train_rows[0], most)
+    train = log_uniform_count(generator, min(train_rows[0], most), most)
     wanted = [int(generator.integers(low, high + 1)) for low, high in (VAL_ROWS, SCORE_ROWS, TEST_ROWS)]
     if available is None:
         return Sizes(train, *wanted)

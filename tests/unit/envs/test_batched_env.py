@@ -137,6 +137,14 @@ def test_sequences_of_a_batch_are_copies_of_one_network(family: str) -> None:
     assert len(architectures) > 4
 
 
+def test_train_rows_reach_the_tasks() -> None:
+    options = EpisodeOptions(families=("image_mlp",), train_rows=(2000, 2100))
+    batches = draw_episode(options, 64, default_spec().timing, seed=0)
+    assert all(2000 <= len(task.train.inputs) <= 2100 for batch in batches for task in batch.tasks)
+    with pytest.raises(InputError, match=r"^train_rows is \(1, 2\); expected None, or the least and most rows"):
+        EpisodeOptions(train_rows=(1, 2))
+
+
 def test_families_where_none_are_named() -> None:
     assert EpisodeOptions().families == ("mlp", "image_mlp", "cnn", "quadratic")
 

@@ -112,13 +112,13 @@ def test_agents_of_evolution_cannot_be_joined_and_its_runs_come_in_populations(t
     [
         (
             "defualt",
-            "unknown recipe 'defualt'; did you mean 'default'? known: default, default-open, residual, several-knobs, "
-            "smoke",
+            "unknown recipe 'defualt'; did you mean 'default'? known: default, default-open, many-rows, residual, "
+            "several-knobs, smoke",
         ),
         (
             "nowhere.yaml",
             "there is no recipe file nowhere.yaml; give a file that is there, or one of: default, default-open, "
-            "residual, several-knobs, smoke",
+            "many-rows, residual, several-knobs, smoke",
         ),
     ],
 )
@@ -136,7 +136,7 @@ def test_an_empty_file_is_called_a_recipe(tmp_path):
 
 
 def test_our_recipes_are_good():
-    assert list(recipe_names()) == ["default", "default-open", "residual", "several-knobs", "smoke"]
+    assert list(recipe_names()) == ["default", "default-open", "many-rows", "residual", "several-knobs", "smoke"]
     for name in recipe_names():
         recipe = load_recipe(name)
         assert recipe.recipe == name
@@ -196,6 +196,7 @@ def test_several_knobs_bring_masks_and_what_says_where_they_stand(tmp_path):
     plain = load_recipe(write(tmp_path))
     assert not make_spec(plain).masks
     assert "knobs" not in plain.to_json()["spec"]  # as it was written before there were several
+    assert "train_rows" not in plain.to_json()["tasks"]
 
 
 def test_the_residual_brings_its_own_early_decisions():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -100,6 +101,26 @@ def test_a_given_batch_size_changes_nothing_else(family):
     assert [task.batch_size for task in given] == [16] * 4
     for one, other in zip(drawn, given, strict=True):
         assert_same(one, dataclasses.replace(other, batch_size=one.batch_size))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_given_range_of_train_rows_is_kept(family):
+    generators = [np.random.default_rng(seed) for seed in range(6)]
+    for task in [draw_task(family, generator, train_rows=(300, 400)) for generator in generators]:
+        n_rows = len(task.train.inputs)
+        if task.source in N_ROWS:
+            assert n_rows == N_ROWS[task.source] // 2
+        else:
+            assert 300 <= n_rows <= 400
+    largest = draw_task(family, np.random.default_rng(1), train_rows=(16384, 16384))
+    assert len(largest.train.inputs) == (16384 if largest.source not in N_ROWS else N_ROWS[largest.source] // 2)
+
+
+@pytest.mark.parametrize("rows", [(32, 100), (400, 300), (64, 16385), (64.0, 100), (64,), 100, [64, 100]])
+def test_a_range_of_train_rows_that_is_none_is_refused(rows):
+    text = f"train_rows is {rows!r}; expected None, or the least and most rows of train, 64 to 16384 and in order"
+    with pytest.raises(InputError, match=f"^{re.escape(text)}$"):
+        draw_task("mlp", np.random.default_rng(0), train_rows=rows)
 
 
 # Ranges; the numbers are those of docs/families.md
