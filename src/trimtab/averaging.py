@@ -27,7 +27,7 @@ from trimtab.errors import InputError
 __all__ = ["DECAY", "WeightAverage"]
 
 DECAY = 10.0
-_LOOKS = 200  # one look for each 1/200 of the steps so far: noise of neighbouring steps is alike, and a look costs
+_LOOKS = 100  # one look for each 1/100 of the steps so far: noise of neighbouring steps is alike, and a look costs
 
 
 class WeightAverage:
