@@ -5,6 +5,7 @@
 | cosine, wsd, plateau, constant, schedule-free | tuned on the grid | plateau |
 | default | drawn | yes: `RLScheduler(optimizer, total_steps, model=model)`, `report` at the task's `eval_every` |
 | default-loss | drawn | no: `RLScheduler(optimizer, total_steps)`, only ever `step(loss)` |
+| default-open | drawn | yes: as default, without `total_steps`: it does not know when the run ends |
 | brain:NAME | drawn | yes, as default, with `brain=DIR`, and `loader=loop` for what moves the batch size |
 | uwhg | drawn | yes, as default, with the rule as brain |
 | q_learning | drawn | yes; from an empty table, over a cosine |
@@ -12,6 +13,8 @@
 | yoked:default | drawn | no; replays what `default` decided under the next report seed, from that run's rate |
 | default-cosine | a default per optimizer (1e-3; SGD 0.1) | no |
 | prodigy, prodigy-cosine | 1 | no; constant, and with the cosine that its authors recommend |
+
+A brain over a constant base has no end to decay to: it is made for runs whose end is not known, and is not told it.
 
 Every arm has the same training FLOPs: those of the part's optimizer steps as its task has them. A brain that moves the
 batch size takes more steps or fewer. Knobs of a brain that cannot act on a part (dropout, where there is none) are left
@@ -52,6 +55,7 @@ TUNED = ("cosine", "wsd", "plateau", "schedule-free", "constant")
 DRAWN = (
     "default",
     "default-loss",
+    "default-open",
     "uwhg",
     "default-cosine",
     "prodigy",
@@ -172,7 +176,7 @@ def make_driver(job: Mapping[str, Any], loop: TrainingLoop) -> Driver:
         MissingExtraError: The optimizer of an arm is not installed.
     """
     arm, task = str(job["arm"]), loop.task
-    if arm in ("default", "default-loss", "uwhg") or arm.startswith("brain:"):
+    if arm in ("default", "default-loss", "default-open", "uwhg") or arm.startswith("brain:"):
         return _ours(arm, job, loop)
     if arm == "schedule-free":
         loop.optimizer = _schedule_free(loop)
@@ -208,7 +212,10 @@ def _ours(arm: str, job: Mapping[str, Any], loop: TrainingLoop) -> Driver:
         options["brain"] = _rule()
     elif arm.startswith("brain:"):
         options |= {"brain": job["brain"], "loader": loop}
-    scheduler = trimtab.RLScheduler(loop.optimizer, total_steps=loop.total_steps, **options)
+    given = options.get("brain", "default-open" if arm == "default-open" else "default")
+    brain = given if isinstance(given, Brain) else Brain.load(given)
+    total_steps = None if brain.spec.base.name == "constant" else loop.total_steps
+    scheduler = trimtab.RLScheduler(loop.optimizer, total_steps=total_steps, **options)
     return Driver(loop, scheduler, reports=reports, has_best=reports)
 
 
@@ -297,6 +304,8 @@ def identity(arm: str, brains: Mapping[str, str | Path]) -> str:
         brain = _rule()
     elif arm.startswith("brain:"):
         brain = Brain.load(brains[arm.partition(":")[2]])
+    elif arm == "default-open":
+        brain = Brain.load(arm)
     elif "default" in arm and arm != "default-cosine":
         brain = Brain.load("default")
     else:

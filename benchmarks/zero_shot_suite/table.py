@@ -13,7 +13,7 @@ from zero_shot_suite.summary import GOALS
 
 __all__ = ["render"]
 
-_FIRST = ("default", "default-loss", "uwhg", "placebo:default", "yoked:default", "q_learning")
+_FIRST = ("default", "default-loss", "default-open", "uwhg", "placebo:default", "yoked:default", "q_learning")
 _LAST = ("default-cosine", "prodigy", "prodigy-cosine", *TUNED)
 _GOALS = {
     "ratio": f"geometric mean over tuned cosine at most {GOALS['ratio']:.2f}",
@@ -251,9 +251,9 @@ def _notes() -> list[str]:
         "- All other arms: one run for each report seed, from a rate drawn log-uniformly from 1e-5..1e-1, the same for "
         "all.",
         "- `default`: `RLScheduler` without a further argument but the model, told the validation loss by `report`. "
-        "`default-loss`: only ever `step(loss)`. `brain:NAME`: as `default`, with that brain. `uwhg`: as `default`, "
-        "with the rule that learns nothing. `placebo:default` decides, and only its cosine from the drawn rate is "
-        "written; `yoked:default` replays what `default` decided under another seed, from that run's rate. "
+        "`default-loss`: only ever `step(loss)`. `default-open`: as `default`, not told when the run ends. "
+        "`brain:NAME`: as `default`, with that brain. `uwhg`: as `default`, with the rule that learns nothing. "
+        "`placebo:default` decides, and only its cosine from the drawn rate is written; `yoked:default` replays what `default` decided under another seed, from that run's rate. "
         "`q_learning`: from an empty table, over a cosine.",
         "- `default-cosine` (1e-3; for SGD 0.1), `prodigy` and `prodigy-cosine` (1; in place of SGD too) have a rate "
         "of their own, and do not use the drawn one.",

@@ -15,6 +15,7 @@ from zero_shot_suite.plan import Job, choose_rate, next_jobs, partner, planned_j
 from zero_shot_suite.summary import summarize
 from zero_shot_suite.table import render
 
+from trimtab.brain import Brain
 from trimtab.errors import InputError, MissingExtraError, UnknownNameError
 from trimtab.training.loop import TrainingLoop
 
@@ -138,6 +139,16 @@ def test_the_train_loss_alone_gives_no_weights_of_a_best_validation_loss():
     alone = run("default-loss")
     assert (alone["best_val"], alone["best_test"], alone["best_step"]) == (None, None, None)
     assert alone["test"] is not None
+
+
+def test_an_arm_without_a_horizon_is_not_told_the_end(tmp_path):
+    open_ended = run("default-open", rate=0.1)
+    assert open_ended["status"] == "running"  # no decision fell on the end
+    assert open_ended["steps"] == 60
+    assert open_ended["test"] != run("default", rate=0.1)["test"]
+    Brain.load("default-open").save(tmp_path / "mine")
+    mine = run("brain:mine", rate=0.1, brain=str(tmp_path / "mine"))
+    assert mine["curve"] == open_ended["curve"]
 
 
 @pytest.mark.parametrize("arm", ["uwhg", "constant"])
