@@ -253,8 +253,8 @@ def _notes() -> list[str]:
         "- `default`: `RLScheduler` without a further argument but the model, told the validation loss by `report`. "
         "`default-loss`: only ever `step(loss)`. `default-open`: as `default`, not told when the run ends. "
         "`brain:NAME`: as `default`, with that brain. `uwhg`: as `default`, with the rule that learns nothing. "
-        "`placebo:default` decides, and only its cosine from the drawn rate is written; `yoked:default` replays what `default` decided under another seed, from that run's rate. "
-        "`q_learning`: from an empty table, over a cosine.",
+        "`placebo:default` decides, and only its cosine from the drawn rate is written; `yoked:default` replays what "
+        "`default` decided under another seed, from that run's rate. `q_learning`: from an empty table, over a cosine.",
         "- `default-cosine` (1e-3; for SGD 0.1), `prodigy` and `prodigy-cosine` (1; in place of SGD too) have a rate "
         "of their own, and do not use the drawn one.",
         "- **Search-equivalent runs**: so many cosine runs at rates drawn like that, best on validation kept, are "
