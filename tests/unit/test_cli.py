@@ -77,7 +77,7 @@ def test_lists_of_arms_studies_and_what_is_not_there(capsys):
     assert {"cosine", "q_learning", "placebo:ARM", "yoked:ARM", "tuned-ARM"} <= set(names)
     assert "replay" not in names
     assert re.findall(r"^(\S+)  ", invoke(capsys, "list", "studies")[1], re.M) == ["demo", "transformer-lr"]
-    recipes = ["default", "default-open", "many-rows", "residual", "several-knobs", "smoke"]
+    recipes = ["default", "default-open", "few-rows", "residual", "several-knobs", "smoke"]
     assert re.findall(r"^(\S+)  ", invoke(capsys, "list", "recipes")[1], re.M) == recipes
     brains = re.findall(r"^(\S+) +(.*)$", invoke(capsys, "list", "brains")[1], re.M)
     assert dict(brains)["default-open"] == (
