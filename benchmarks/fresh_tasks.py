@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from trimtab.agents.base import Timing
 from trimtab.brain import Brain
 from trimtab.envs.episodes import EpisodeOptions
 from trimtab.errors import InputError
-from trimtab.learning.validation import Episodes, Played, log_ratios, play
+from trimtab.learning import validation
+from trimtab.learning.validation import Episodes, Played, play
 from trimtab.spec import ControlSpec, make_agent
 from trimtab.storage import atomic_write
 
@@ -44,14 +45,13 @@ def make_plan(train_rows: tuple[int, int] | None, seed: int, families: Sequence[
 
 def compare(mine: Played, theirs: Played, name: str) -> dict[str, Any]:
     """Ratio of the losses of one agent to those of another: of each family, and over all."""
-    logs = {family: log_ratios(mine, theirs, family, name) for family in mine}
-    errors = [values.std(ddof=1) / np.sqrt(len(values)) for values in logs.values()]
-    mean = float(np.mean([values.mean() for values in logs.values()]))
+    table = validation.compare(mine, {name: theirs})
+    errors = [row[f"log_se_{name}"] for row in table.values()]
     return {
-        "ratio": float(np.exp(mean)),
-        "log_se": float(np.sqrt(np.sum(np.square(errors))) / len(errors)),
-        "families": {family: float(np.exp(values.mean())) for family, values in logs.items()},
-        "n_tasks": sum(len(values) for values in logs.values()),
+        "ratio": validation.overall(table, list(table), f"ratio_{name}"),
+        "log_se": math.hypot(*errors) / len(errors),
+        "families": {family: row[f"ratio_{name}"] for family, row in table.items()},
+        "n_tasks": sum(row["n_tasks"] for row in table.values()),
     }
 
 

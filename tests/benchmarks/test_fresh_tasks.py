@@ -8,7 +8,10 @@ import pytest
 
 
 def test_ratios_are_geometric_means_over_tasks_then_families():
-    mine = {"mlp": {"task": [0, 0, 1, 1], "loss": [2.0, 4.0, 1.0, 1.0]}, "cnn": {"task": [0, 1], "loss": [1.0, 1.0]}}
+    mine = {
+        "mlp": {"task": [0, 0, 1, 1], "loss": [2.0, 4.0, 1.0, 1.0], "rolled_back": [0.0] * 4},
+        "cnn": {"task": [0, 1], "loss": [1.0, 1.0], "rolled_back": [0.0] * 2},
+    }
     theirs = {"mlp": {"task": [0, 0, 1, 1], "loss": [1.0, 2.0, 1.0, 1.0]}, "cnn": {"task": [0, 1], "loss": [1.0, 4.0]}}
     row = fresh_tasks.compare(mine, theirs, "other")
     assert row["families"] == pytest.approx({"mlp": np.sqrt(2), "cnn": 0.5})
