@@ -2,9 +2,9 @@
 
     python benchmarks/padding.py [--rounds 15] [--out FILE.json]
 
-The knob `units` goes up to 256. In a batch every row of parameters would have to be as long as that of the widest network
-that a run may become, and every product would go over it. Here 64 runs of an MLP 64-32-32-10 train in batches of 32
-beside one run of the given width, which makes all rows as long as its own. Optimizer steps of one network per CPU
+The knob `units` goes up to 256. In a batch every row of parameters would have to be as long as that of the widest
+network that a run may become, and every product would go over it. Here 64 runs of an MLP 64-32-32-10 train in batches
+of 32 beside one run of the given width, which makes all rows as long as its own. Optimizer steps of one network per CPU
 second, one thread, all widths in turn in an order that changes from round to round; beside them the same network in
 `TrainingLoop`, which trains one at a time and whose networks do change their widths.
 """
