@@ -97,12 +97,14 @@ def main() -> int:
     rows = []
     for kind in (0, *WIDTHS):
         over = [a / b for a, b in zip(rates[kind], rates[0], strict=True)]
-        rows.append({
-            "padded_to": kind or None,
-            "steps_per_cpu_s": statistics.median(rates[kind]),
-            "over_one_at_a_time": statistics.median(over),
-            "quartiles": statistics.quantiles(over, n=4)[::2],
-        })
+        rows.append(
+            {
+                "padded_to": kind or None,
+                "steps_per_cpu_s": statistics.median(rates[kind]),
+                "over_one_at_a_time": statistics.median(over),
+                "quartiles": statistics.quantiles(over, n=4)[::2],
+            }
+        )
         name = f"{R} runs padded to {kind}" if kind else "one at a time"
         print(f"{name:24s} {rows[-1]['steps_per_cpu_s']:9.0f} steps/CPU s, {rows[-1]['over_one_at_a_time']:6.2f} x")
     if arguments.out:
