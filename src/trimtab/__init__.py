@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.version import __version__
 
 if TYPE_CHECKING:
+    from trimtab.adapters.ask_tell import HyperParameterOptimizer
     from trimtab.adapters.pytorch import RLScheduler
     from trimtab.brain import Brain
     from trimtab.controller import Controller
@@ -27,6 +28,7 @@ __all__ = [
     "Controller",
     "Decision",
     "Gate",
+    "HyperParameterOptimizer",
     "InputError",
     "RLScheduler",
     "RunFailedError",
@@ -43,6 +45,7 @@ _HOMES = {
     "Controller": "trimtab.controller",
     "Decision": "trimtab.records",
     "Gate": "trimtab.safety",
+    "HyperParameterOptimizer": "trimtab.adapters.ask_tell",
     "InputError": "trimtab.errors",
     "RLScheduler": "trimtab.adapters.pytorch",
     "RunFailedError": "trimtab.errors",

@@ -17,9 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab import registry
+from trimtab.agents.base import keep_actions
 from trimtab.controller import Controller
 from trimtab.envs.specs import default_spec
 from trimtab.errors import InputError
+from trimtab.knobs.base import CategoricalKnob
 from trimtab.run_state import Array
 from trimtab.safety import GOOD, Safety, Verdict
 from trimtab.seeding import numpy_generator
@@ -91,6 +93,40 @@ class TrainingEnv(gymnasium.Env[Any, Any]):
         self._data: Data = self.task.load(None if data_dir is None else Path(data_dir))
         self._loop: TrainingLoop | None = None
         self._val_loss = math.nan
+
+    @property
+    def hyperparameters(self) -> tuple[str, ...]:
+        """Names of the knobs, in the order of the values of `decode`."""
+        return self.control_spec.knobs
+
+    @property
+    def no_change_action(self) -> Any:
+        """The action that leaves every knob where it is; None where actions are settings, of which none does."""
+        actions, count = self.control_spec.actions, self.control_spec.n_moved
+        if actions.kind == "set":
+            return None
+        kept = keep_actions(actions, np.zeros((1, 0)), count)[0]
+        return int(kept[0]) if self.action_space.shape == () else kept
+
+    def decode(self, action: Any) -> list[Any]:
+        """Values that an action asks for now, one a knob: whole numbers of whole knobs, names of choices.
+
+        The base schedule is not among them, and gate and bounds may leave less; the records say what was written.
+
+        Raises:
+            InputError: There is no run under way, or the action does not fit.
+        """
+        if self.controller is None:
+            raise InputError("decode() before reset(): values depend on those of a run; call reset(seed=...) first")
+        asked = self.controller.decode(np.asarray(action).reshape(1, -1))
+        return [
+            knob.choices[round(min(max(value, knob.low), knob.high))]
+            if isinstance(knob, CategoricalKnob)
+            else round(value)
+            if knob.is_whole
+            else value
+            for knob, value in zip(self.control_spec.make_knobs(), asked, strict=True)
+        ]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Begin a run and take its first interval.
@@ -209,6 +245,14 @@ class _Held(Controller):
         self._is_waiting = verdict is GOOD and not is_over
         if not self._is_waiting:  # the guard cuts the rate, or the run is over: nobody's action counts
             super()._act(observation, verdict, is_over=is_over)
+
+    def decode(self, action: npt.NDArray[Any]) -> list[float]:
+        """The settings that an action asks for, before gate and bounds; (1, K).
+
+        Raises:
+            InputError: The action does not fit.
+        """
+        return self._hand.check(action, max(0, self._index - 1))
 
     def answer(self, action: npt.NDArray[Any]) -> None:
         """Do now what `_act` would have done with an agent's action; (1, K).

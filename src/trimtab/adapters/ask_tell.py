@@ -1,0 +1,326 @@
+"""HyperParameterOptimizer: ask and tell, for whoever steps the training run: the tuner that learns when to intervene.
+
+Called by users. The environment is asked for its spaces, and for `hyperparameters`, `decode` and `no_change_action`
+where it has them; it is never reset or stepped, so that what is learned here does not disturb the run under way.
+docs/tuner.md says what is learned, from what, and how many decisions that takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from trimtab.agents.base import Array
+from trimtab.agents.tuner import InterventionLearner, TunerOptions, make_options
+from trimtab.errors import BrainError, InputError, unknown_name, warn
+from trimtab.storage import load_state, save_state
+from trimtab.version import __version__
+
+__all__ = ["HyperParameterOptimizer"]
+
+FORMAT, VERSION = "trimtab-tuner", 1
+LATEST, BEST = "latest.safetensors", "best.safetensors"
+_OWN = ("brain_save_dir", "seed")
+
+
+class HyperParameterOptimizer:
+    """Decide at each question whether to intervene in a training run, and with which hyperparameters.
+
+        tuner = trimtab.HyperParameterOptimizer(env, config)
+        hyperparams = tuner.optimize_hyperparameters(observation)        # dict, or None: leave everything as it is
+        ...                                                              # apply them, train on, measure
+        tuner.learn_from_intervention(new_observation, reward, intervened=hyperparams is not None)
+
+    Args:
+        env: A Gymnasium environment, or anything with `observation_space` and `action_space`. Observations are
+            flattened. Actions: Discrete, MultiDiscrete or MultiBinary with one axis, or a Box of floats.
+        config: Settings by name: those of `TunerOptions`, "brain_save_dir" (folder of `save_brain`; default
+            "models/rl_brains") and "seed" (default 0).
+
+    Attributes:
+        options: The settings in use.
+        learner: What learns.
+        last_action: The action behind the last answer, as the environment's `step` takes it: the environment's
+            `no_change_action` where the answer was None, and None where it has none.
+        probability: That acting beats no change, as it was judged at the last question; NaN before.
+
+    Raises:
+        InputError: A setting is unknown or out of range, or a space cannot be learned on; the message names it.
+    """
+
+    def __init__(self, env: Any, config: Mapping[str, Any] | None = None) -> None:
+        given = dict(config or {})
+        known = [*(item.name for item in fields(TunerOptions)), *_OWN]
+        for key in given:
+            if key not in known:
+                raise unknown_name("key of the configuration", key, known)
+        folder, seed = given.pop("brain_save_dir", "models/rl_brains"), given.pop("seed", 0)
+        if not isinstance(folder, (str, Path)) or not str(folder):
+            raise InputError(f"brain_save_dir is {folder!r}; expected a folder")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise InputError(f"seed is {seed!r}; expected a whole number of 0 or more")
+        self.options = make_options(given)
+        self._folder = Path(folder)
+        inner = getattr(env, "unwrapped", env)
+        self._space = _space_of(env, "observation_space")
+        self._inner = inner
+        self._names = _names_of(inner)
+        self._no_change = getattr(inner, "no_change_action", None)
+        flat = spaces.flatten_space(self._space)
+        if not isinstance(flat, spaces.Box) or not flat.shape[0]:
+            raise InputError(f"observation space {self._space}; expected one that flattens to a Box of numbers")
+        self.learner = InterventionLearner(
+            flat.shape[0], _space_of(env, "action_space"), self.options, no_change=self._no_change, seed=seed
+        )
+        self.last_action: Any = self._no_change
+        self.probability = float("nan")
+        self._asked: tuple[Array, Array, bool] | None = None
+        self._count, self._since = 0, self.options.min_distance
+        self._best: float | None = None
+        self._has_warned = False
+
+    @property
+    def threshold(self) -> float:
+        """What `probability` has to lie above now."""
+        return self.learner.gate.threshold
+
+    def optimize_hyperparameters(self, observation: Any, *, deterministic: bool = False) -> dict[str, Any] | None:
+        """Ask whether to intervene, and how.
+
+        Args:
+            observation: What the observation space describes. Numbers that are not finite count as average ones.
+            deterministic: Do not explore: neither by a coin that decides in place of the threshold now and then, nor
+                by drawing what to change.
+
+        Returns:
+            None: leave everything as it is. Else a dict. Keys: the environment's `hyperparameters` where it has them,
+            else "action_0", "action_1", ...; values: what its `decode(action)` gives, else the action's numbers.
+
+        Raises:
+            InputError: The observation does not fit the space, or `decode` gave another number of values than there
+                are names.
+        """
+        seen = self._flatten(observation)
+        acts, probability, proposed = self.learner.decide(seen, deterministic=deterministic)
+        self.probability = float(probability[0])
+        options = self.options
+        may_act = self._count >= options.burn_in and self._since >= options.min_distance
+        intervenes = bool(acts[0]) and may_act
+        self._count += 1
+        self._asked = (seen, proposed, intervenes)
+        if not intervenes:
+            self._since += 1
+            self.last_action = self._no_change
+            return None
+        self._since = 1
+        self.last_action = self.learner.code.decode(proposed[0])
+        return self._by_name(self.last_action)
+
+    def learn_from_intervention(
+        self, new_observation: Any, reward: float, intervened: bool, *, terminated: bool = False
+    ) -> None:
+        """Tell what followed the last answer; now and then this trains, which takes a few tenths of a second.
+
+        Args:
+            new_observation: After the interval that followed.
+            reward: Of that interval, higher is better; not finite counts as worse than all before.
+            intervened: Whether hyperparameters were applied. False for an answer that was not followed.
+            terminated: Whether the run has ended and nothing follows; the next question begins a new one.
+
+        Raises:
+            InputError: Nothing was asked before, or `intervened` is True where the answer was None.
+        """
+        if self._asked is None:
+            raise InputError("learn_from_intervention() before optimize_hyperparameters(); ask first")
+        if not isinstance(intervened, (bool, np.bool_)):
+            raise InputError(f"intervened is {intervened!r}; expected True or False")
+        seen, proposed, was_told = self._asked
+        if intervened and not was_told:
+            raise InputError("intervened is True, but the answer was None: nothing was there to be applied")
+        try:
+            number = float(reward)
+        except (TypeError, ValueError):
+            raise InputError(f"reward is {reward!r}; expected one number") from None
+        then = self._flatten(new_observation)
+        self._asked = None
+        ends, did = np.array([bool(terminated)]), np.array([bool(intervened)])
+        self.learner.record(seen, proposed, np.array([number]), then, ends, did)
+        if terminated:
+            self._count, self._since = 0, self.options.min_distance
+
+    def learn(self, env: Any, total_timesteps: int) -> HyperParameterOptimizer:
+        """Gain experience in a cheap environment with the same spaces, by asking and telling; then go on elsewhere.
+
+        Args:
+            env: Has `no_change_action`; it is reset and stepped.
+            total_timesteps: Decisions to take.
+
+        Raises:
+            InputError: Its spaces are others, it has no `no_change_action`, or the number is not positive.
+        """
+        inner = getattr(env, "unwrapped", env)
+        for key, mine in (("observation_space", self._space), ("action_space", self.learner.code.space)):
+            if _space_of(env, key) != mine:
+                raise InputError(f"learn: the {key} is {_space_of(env, key)}; expected that of the tuner, {mine}")
+        nothing = getattr(inner, "no_change_action", None)
+        if nothing is None:
+            raise InputError("learn: the environment has no `no_change_action`, so that it cannot be left alone")
+        if isinstance(total_timesteps, bool) or not isinstance(total_timesteps, int) or total_timesteps < 1:
+            raise InputError(f"total_timesteps is {total_timesteps!r}; expected a whole number of 1 or more")
+        observation, _ = env.reset(seed=self.learner.draw_seed())
+        for _ in range(total_timesteps):
+            answer = self.optimize_hyperparameters(observation)
+            action = nothing if answer is None else self.last_action
+            observation, reward, terminated, truncated, _ = env.step(action)
+            self.learn_from_intervention(observation, float(reward), answer is not None, terminated=bool(terminated))
+            if terminated or truncated:
+                observation, _ = env.reset()
+                self._count, self._since = 0, self.options.min_distance
+        self._asked = None
+        return self
+
+    # ---- keeping ------------------------------------------------------------------------------------------------
+
+    def save_brain(self, path: str | Path | None = None) -> Path:
+        """Save everything that was learned and remembered; numbers and names, nothing that can run.
+
+        Args:
+            path: File; None writes "latest.safetensors" in `brain_save_dir` and, where the running mean of the reward
+                is the best of all that were saved so, "best.safetensors" beside it.
+
+        Returns:
+            The file.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        mean = self.learner.gate.recent_reward
+        is_best = path is None and (self._best is None or mean > self._best)
+        if is_best:
+            self._best = mean
+        state = {
+            "format": FORMAT,
+            "version": VERSION,
+            "trimtab": __version__,
+            "spaces": self._identity(),
+            "config": asdict(self.options),
+            "counts": [self._count, self._since],
+            "best": self._best,
+            "learner": self.learner.state_dict(),
+        }
+        place = self._folder / LATEST if path is None else Path(path)
+        save_state(place, state)
+        if is_best:
+            save_state(self._folder / BEST, state)
+        return place
+
+    def load_brain(self, path: str | Path | None = None) -> None:
+        """Go on from what `save_brain` wrote.
+
+        Args:
+            path: A file, or a folder with "latest.safetensors"; None: `brain_save_dir`.
+
+        Raises:
+            BrainError: It is missing, torn, foreign or of a future version, or was learned on other spaces or with
+                another agent; nothing is changed.
+        """
+        place = self._folder if path is None else Path(path)
+        place = place / LATEST if place.is_dir() or path is None else place
+        try:
+            state = load_state(place)
+        except InputError as error:
+            raise BrainError(str(error)) from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise BrainError(f"{place} is no tuner; expected a file that HyperParameterOptimizer.save_brain wrote")
+        if state.get("version") != VERSION:
+            raise BrainError(
+                f"{place} has version {state.get('version')!r}, this trimtab reads version {VERSION}; upgrade trimtab"
+            )
+        mine = {**self._identity(), "agent": self.options.agent}
+        theirs = {**dict(state.get("spaces") or {}), "agent": dict(state.get("config") or {}).get("agent")}
+        for key, value in mine.items():
+            if theirs.get(key) != value:
+                raise BrainError(f"{place} was learned with {key} {theirs.get(key)}, this tuner has {value}")
+        try:
+            count, since = (int(number) for number in state["counts"])
+            best = None if state["best"] is None else float(state["best"])
+            self.learner.load_state_dict(state["learner"])
+        except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BrainError(f"{place}: {error}; it is torn or foreign, save it anew") from error
+        self._count, self._since, self._best, self._asked = count, since, best, None
+
+    def _identity(self) -> dict[str, Any]:
+        names = None if self._names is None else list(self._names)
+        return {
+            "observations": str(self._space),
+            "actions": str(self.learner.code.space),
+            "hyperparameters": names,
+        }
+
+    # ---- small things -------------------------------------------------------------------------------------------
+
+    def _flatten(self, observation: Any) -> Array:
+        """(1, S) of an observation.
+
+        Raises:
+            InputError: It does not fit the space.
+        """
+        try:
+            flat = np.asarray(spaces.flatten(self._space, observation), dtype=np.float64).ravel()
+            expected = spaces.flatdim(self._space)
+            if len(flat) != expected:
+                raise ValueError(f"{len(flat)} numbers where the space has {expected}")
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise InputError(f"observation {observation!r} does not fit {self._space}: {error}") from error
+        is_finite = np.isfinite(flat)
+        if not is_finite.all() and not self._has_warned:
+            self._has_warned = True
+            warn("an observation has numbers that are not finite; they count as average ones")
+        return np.where(is_finite, flat, np.nan)[None]
+
+    def _by_name(self, action: Any) -> dict[str, Any]:
+        decode = getattr(self._inner, "decode", None)
+        values: Any = action if decode is None else decode(action)
+        if isinstance(values, Mapping):
+            return dict(values)
+        numbers = _plain(values)
+        names = [f"action_{n}" for n in range(len(numbers))] if self._names is None else self._names
+        if len(names) != len(numbers):
+            raise InputError(
+                f"the environment names {len(names)} hyperparameters ({', '.join(names)}), and its action has "
+                f"{len(numbers)} values: {numbers}; make `hyperparameters` and `decode` agree"
+            )
+        return dict(zip(names, numbers, strict=True))
+
+
+def _plain(values: Any) -> list[Any]:
+    """An action, or what a `decode` gave, as a list of Python's own values."""
+    if isinstance(values, str) or np.ndim(values) == 0:
+        values = [values]
+    elif isinstance(values, np.ndarray):
+        values = values.ravel()
+    return [value.item() if isinstance(value, np.generic) else value for value in values]
+
+
+def _space_of(env: Any, key: str) -> gymnasium.Space[Any]:
+    space = getattr(env, key, None)
+    if not isinstance(space, gymnasium.Space):
+        raise InputError(f"env is a {type(env).__name__} whose {key} is {space!r}; expected a Gymnasium environment")
+    return space
+
+
+def _names_of(inner: Any) -> Sequence[str] | None:
+    names = getattr(inner, "hyperparameters", None)
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"the environment's `hyperparameters` are {names!r}; expected a sequence of names")
+    if len(set(names)) != len(names):
+        raise InputError(f"the environment's `hyperparameters` are {list(names)}; expected different names")
+    return tuple(names)
