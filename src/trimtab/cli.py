@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import trimtab
 from trimtab import registry
@@ -229,17 +231,22 @@ def learn_command(
 @app.command("list")
 def list_command(
     what: Annotated[str, typer.Argument(metavar="|".join(_LISTS), help="What to list.")],
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Folder of the experience; runs/experience if not given.")
+    ] = None,
 ) -> None:
     """List what has a name."""
 
     def action() -> int:
         if what not in _LISTS:
             raise unknown_name("list", what, _LISTS)
+        if what == "experience":
+            _print_experience(directory)
+            return 0
+        if directory is not None:
+            raise InputError(f"--dir is for `trimtab list experience`; leave it out to list {what}")
         rows = _rows(what)
         console = Console(highlight=False)
-        if isinstance(rows, str):
-            console.print(rows, markup=False, soft_wrap=True)
-            return 0
         width = max(len(name) for name in rows)
         for name, description in rows.items():
             console.print(f"{name:<{width}}  {description}", markup=False, soft_wrap=True)
@@ -263,10 +270,8 @@ def show_command(
     _guarded(action)
 
 
-def _rows(what: str) -> dict[str, str] | str:
-    """Name -> description of one list, or a sentence where there is nothing to list."""
-    if what == "experience":
-        return "no experience is stored: this version keeps none"
+def _rows(what: str) -> dict[str, str]:
+    """Name -> description of one list."""
     if what == "brains":
         from trimtab import brains
 
@@ -304,10 +309,60 @@ def _command_line(command: str, name: str, given: dict[str, Any]) -> str:
     return shlex.join([*words, "--resume"])
 
 
+def _print_experience(directory: Path | None) -> None:
+    """A table of what is stored, one row a spec; what cannot be read is named on the error output."""
+    from trimtab.experience import DEFAULT_FOLDER, ExperienceStore
+
+    root = DEFAULT_FOLDER if directory is None else directory
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = ExperienceStore(root).summary()
+    for warning in caught:
+        Console(stderr=True, highlight=False).print(f"trimtab: {warning.message}", markup=False, soft_wrap=True)
+    if not rows:
+        text = (
+            f"no experience in {root}: runs append their transitions to such a folder through "
+            "trimtab.experience.ExperienceStore; name another with --dir"
+        )
+        Console(highlight=False).print(text, markup=False, soft_wrap=True)
+        return
+    n_runs, n_transitions = sum(row.runs for row in rows), sum(row.transitions for row in rows)
+    title = Text(f"{root}: {_count(n_runs, 'run')}, {_count(n_transitions, 'transition')}")
+    table = Table(title=title, title_justify="left")
+    table.add_column("fingerprint", no_wrap=True)
+    for name in ("runs", "transitions"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("knobs")
+    table.add_column("signals", justify="right", no_wrap=True)
+    table.add_column("tasks")
+    table.add_column("mean reward sum of a run", justify="right")
+    for row in rows:
+        cells = (
+            row.fingerprint,
+            str(row.runs),
+            str(row.transitions),
+            ", ".join(row.knobs),
+            str(len(row.signals)),
+            ", ".join(row.tasks) or "-",
+            f"{row.mean_reward_sum:.4g}",
+        )
+        table.add_row(*map(Text, cells))  # names are a file's: no markup in them
+    _print_table(table)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _print_summary(out: Path) -> None:
     """A short table: what each arm reached, and what its interval says."""
     from trimtab.experiments.show import summary_table
 
-    table: Table | None = summary_table(out)
+    table = summary_table(out)
     if table is not None:
-        Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+        _print_table(table)
+
+
+def _print_table(table: Table) -> None:
+    """In the width of the terminal, or of 120 where there is none."""
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 import trimtab
 from trimtab import cli, registry
+from trimtab.experience import ExperienceStore, Transitions
 from trimtab.experiments import run as runner
 
 TINY = """
@@ -72,7 +74,7 @@ def test_a_list_has_a_line_for_every_registered_name(capsys, what):
     assert [line.split()[0] for line in out.splitlines()] == registry.names(what.removesuffix("s"))
 
 
-def test_lists_of_arms_studies_and_what_is_not_there(capsys):
+def test_lists_of_arms_studies_recipes_and_brains(capsys):
     names = [line.split()[0] for line in invoke(capsys, "list", "arms")[1].splitlines()]
     assert {"cosine", "q_learning", "placebo:ARM", "yoked:ARM", "tuned-ARM"} <= set(names)
     assert "replay" not in names
@@ -83,7 +85,77 @@ def test_lists_of_arms_studies_and_what_is_not_there(capsys):
     assert dict(brains)["default-open"] == (
         "the rule uwhg over a constant base, no learning; for runs whose end is not known"
     )
-    assert invoke(capsys, "list", "experience")[:2] == (0, "no experience is stored: this version keeps none\n")
+
+
+def store_runs(root):
+    """Two runs of one spec and one of another."""
+    store = ExperienceStore(root)
+    for n, (mark, task) in enumerate([("b" * 16, "digits-mlp"), ("b" * 16, "[bold]x"), ("a" * 16, None)], start=1):
+        given = Transitions(
+            np.zeros((n, 2)), np.zeros((n, 1)), np.full(n, -1.5), np.zeros((n, 2)), np.zeros(n, np.bool_)
+        )
+        spec = {"knobs": ["lr", "dropout"][: 1 + (n > 2)], "signals": ["progress", "loss"]}
+        last = store.append(given, spec=spec, fingerprint=mark, run={} if task is None else {"task": task})
+    return last
+
+
+NONE_YET = (
+    "no experience in {}: runs append their transitions to such a folder through trimtab.experience.ExperienceStore; "
+    "name another with --dir\n"
+)
+
+
+def test_a_list_of_experience_where_there_is_none(capsys, tiny):
+    default = os.path.join("runs", "experience")
+    assert invoke(capsys, "list", "experience") == (0, NONE_YET.format(default), "")
+    (tiny / "empty").mkdir()
+    assert invoke(capsys, "list", "experience", "--dir", "empty") == (0, NONE_YET.format("empty"), "")
+    code, out, err = invoke(capsys, "list", "experience", "--dir", "tiny.yaml")
+    assert (code, out) == (2, "")
+    assert err == (
+        "trimtab: cannot read the experience in tiny.yaml: Not a directory; give a folder that can be read\n"
+    )
+    assert invoke(capsys, "list", "tasks", "--dir", "empty") == (
+        2,
+        "",
+        "trimtab: --dir is for `trimtab list experience`; leave it out to list tasks\n",
+    )
+
+
+def test_a_list_of_experience_has_a_row_for_each_spec(capsys, tiny):
+    last = store_runs(tiny / "runs" / "experience")
+    code, out, err = invoke(capsys, "list", "experience")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].strip() == "runs/experience: 3 runs, 6 transitions"
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert rows == [
+        ["a" * 16, "1", "3", "lr, dropout", "2", "-", "-4.5"],
+        ["b" * 16, "2", "3", "lr", "2", "[bold]x, digits-mlp", "-2.25"],
+    ]
+    titles = [title.strip() for title in lines[2].split("┃")[1:-1]]
+    assert titles == ["fingerprint", "runs", "transitions", "knobs", "signals", "tasks", "mean reward sum of a run"]
+    last.write_bytes(last.read_bytes()[:-1])
+    code, out, err = invoke(capsys, "list", "experience", "--dir", "runs/experience")
+    assert out.splitlines()[0].strip() == "runs/experience: 2 runs, 3 transitions"
+    assert (code, err) == (
+        0,
+        f"trimtab: left out: cannot read the experience in {last.relative_to(tiny)}: it has 146 bytes where its "
+        "columns take 147; copy it anew, or remove it\n",
+    )
+
+
+def test_a_list_of_experience_imports_nothing_heavy(tmp_path):
+    store_runs(tmp_path)
+    code = (
+        "import sys\nfrom trimtab import cli\n"
+        f"try: cli.main(['list', 'experience', '--dir', {str(tmp_path)!r}])\n"
+        "except SystemExit as ended: assert ended.code == 0\n"
+        "sys.exit([name for name in ('torch', 'numpy', 'scipy', 'matplotlib') if name in sys.modules] or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "3 runs, 6 transitions" in done.stdout
 
 
 def test_without_a_command_the_help_is_shown(capsys):
