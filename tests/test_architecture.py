@@ -60,6 +60,7 @@ def test_light_imports_stay_light(code: str) -> None:
         ("trimtab.controller", ("matplotlib", "scipy", "sklearn", "ray", "optuna", "transformers", "lightning")),
         ("trimtab.adapters.pytorch", ("matplotlib", "scipy", "sklearn", "ray", "stable_baselines3")),
         ("trimtab.agents.policy", ("gymnasium", "stable_baselines3", "scipy", "sklearn", "matplotlib")),
+        ("trimtab.controller", ("stable_baselines3",)),
         ("trimtab.learning.learners", ("stable_baselines3", "matplotlib", "scipy", "sklearn")),
         ("trimtab.training.loop", ("gymnasium", "stable_baselines3", "trimtab.agents", "trimtab.controller")),
         ("trimtab.tasks.vision", ("gymnasium", "stable_baselines3", "trimtab.agents", "trimtab.controller")),

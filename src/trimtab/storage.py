@@ -153,7 +153,8 @@ def load_state(path: Path) -> Any:
             header = (file.metadata() or {}).get(_HEADER)
             if header is None:
                 raise InputError(f"{path} holds no trimtab state; expected a file written by save_state")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            # Copies: what it gives lies in the file itself, and whoever shortens that later would end the process.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         return _unflatten(json.loads(header), tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):

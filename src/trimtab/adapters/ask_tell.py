@@ -7,6 +7,8 @@ docs/tuner.md says what is learned, from what, and how many decisions that takes
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,8 +19,10 @@ import numpy as np
 from gymnasium import spaces
 
 from trimtab.agents.base import Array
+from trimtab.agents.intervention import Batch
 from trimtab.agents.tuner import InterventionLearner, TunerOptions, make_options
-from trimtab.errors import BrainError, InputError, unknown_name, warn
+from trimtab.errors import BrainError, InputError, OutputError, unknown_name, warn
+from trimtab.experience import ExperienceStore, Transitions
 from trimtab.storage import load_state, save_state
 from trimtab.version import __version__
 
@@ -26,7 +30,8 @@ __all__ = ["HyperParameterOptimizer"]
 
 FORMAT, VERSION = "trimtab-tuner", 1
 LATEST, BEST = "latest.safetensors", "best.safetensors"
-_OWN = ("brain_save_dir", "seed")
+_OWN = ("brain_save_dir", "experience_dir", "seed")
+_COLUMNS = ("intervened", "log_prob")  # of a transition, beside what every experience has
 
 
 class HyperParameterOptimizer:
@@ -41,7 +46,9 @@ class HyperParameterOptimizer:
         env: A Gymnasium environment, or anything with `observation_space` and `action_space`. Observations are
             flattened. Actions: Discrete, MultiDiscrete or MultiBinary with one axis, or a Box of floats.
         config: Settings by name: those of `TunerOptions`, "brain_save_dir" (folder of `save_brain`; default
-            "models/rl_brains") and "seed" (default 0).
+            "models/rl_brains"), "seed" (default 0) and "experience_dir" (folder of transitions of earlier runs, which
+            are learned from at once, and to which `save_brain`, `close` and the end of a run add those of this one;
+            default None: neither).
 
     Attributes:
         options: The settings in use.
@@ -61,8 +68,12 @@ class HyperParameterOptimizer:
             if key not in known:
                 raise unknown_name("key of the configuration", key, known)
         folder, seed = given.pop("brain_save_dir", "models/rl_brains"), given.pop("seed", 0)
-        if not isinstance(folder, (str, Path)) or not str(folder):
-            raise InputError(f"brain_save_dir is {folder!r}; expected a folder")
+        experience = given.pop("experience_dir", None)
+        for key, value in (("brain_save_dir", folder), ("experience_dir", experience)):
+            if not (isinstance(value, Path) or (isinstance(value, str) and value)) and not (
+                value is None and key == "experience_dir"
+            ):
+                raise InputError(f"{key} is {value!r}; expected a folder")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise InputError(f"seed is {seed!r}; expected a whole number of 0 or more")
         self.options = make_options(given)
@@ -84,6 +95,11 @@ class HyperParameterOptimizer:
         self._count, self._since = 0, self.options.min_distance
         self._best: float | None = None
         self._has_warned = False
+        self._store = None if experience is None else ExperienceStore(experience)
+        if self._store is not None:
+            earlier = self._store.read(self.fingerprint, newest=self.options.max_transitions, columns=_COLUMNS)
+            self.learner.learn_from_earlier(_batch_of(earlier))
+        self._n_stored = self.learner.n_seen
 
     @property
     def threshold(self) -> float:
@@ -153,6 +169,40 @@ class HyperParameterOptimizer:
         self.learner.record(seen, proposed, np.array([number]), then, ends, did)
         if terminated:
             self._count, self._since = 0, self.options.min_distance
+            try:
+                self.close()
+            except OutputError as error:  # a full disk must not end the training that is being watched
+                warn(f"this run's transitions were not stored: {error}")
+
+    @property
+    def fingerprint(self) -> str:
+        """What experience of this tuner is filed under: the same spaces and hyperparameters, the same digits."""
+        return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def close(self) -> None:
+        """Add this run's transitions to "experience_dir", as a file of their own; without one there is nothing to do.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        batch, first = self.learner.batch, self._n_stored
+        new = batch.numbers >= first
+        if self._store is None or not new.any():
+            return
+        names = self._names or [f"action_{n}" for n in range(batch.actions.shape[1])]
+        signals = [f"observation_{n}" for n in range(batch.observations.shape[1])]
+        transitions = Transitions(
+            batch.observations[new],
+            batch.actions[new],
+            batch.rewards[new],
+            batch.next_observations[new],
+            batch.terminated[new],
+            {"intervened": batch.intervened[new], "log_prob": batch.log_probs[new]},
+        )
+        spec = {"knobs": list(names), "signals": signals, **self._identity()}
+        run = {"task": type(self._inner).__name__, "agent": f"tuner, {self.options.agent}"}
+        self._store.append(transitions, spec=spec, fingerprint=self.fingerprint, run=run)
+        self._n_stored = self.learner.n_seen
 
     def learn(self, env: Any, total_timesteps: int) -> HyperParameterOptimizer:
         """Gain experience in a cheap environment with the same spaces, by asking and telling; then go on elsewhere.
@@ -194,12 +244,15 @@ class HyperParameterOptimizer:
             path: File; None writes "latest.safetensors" in `brain_save_dir` and, where the running mean of the reward
                 is the best of all that were saved so, "best.safetensors" beside it.
 
+        Transitions since the last time go to "experience_dir", where there is one.
+
         Returns:
             The file.
 
         Raises:
             OutputError: It cannot be written.
         """
+        self.close()
         mean = self.learner.gate.recent_reward
         is_best = path is None and (self._best is None or mean > self._best)
         if is_best:
@@ -251,6 +304,7 @@ class HyperParameterOptimizer:
             count, since = (int(number) for number in state["counts"])
             best = None if state["best"] is None else float(state["best"])
             self.learner.load_state_dict(state["learner"])
+            self._n_stored = self.learner.n_seen
         except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise BrainError(f"{place}: {error}; it is torn or foreign, save it anew") from error
         self._count, self._since, self._best, self._asked = count, since, best, None
@@ -282,7 +336,7 @@ class HyperParameterOptimizer:
         if not is_finite.all() and not self._has_warned:
             self._has_warned = True
             warn("an observation has numbers that are not finite; they count as average ones")
-        return np.where(is_finite, flat, np.nan)[None]
+        return flat[None]
 
     def _by_name(self, action: Any) -> dict[str, Any]:
         decode = getattr(self._inner, "decode", None)
@@ -297,6 +351,20 @@ class HyperParameterOptimizer:
                 f"{len(numbers)} values: {numbers}; make `hyperparameters` and `decode` agree"
             )
         return dict(zip(names, numbers, strict=True))
+
+
+def _batch_of(transitions: Transitions) -> Batch:
+    """Transitions as the learner has them; it gives them numbers of its own."""
+    return Batch(
+        transitions.observations.astype(np.float64),
+        transitions.actions.astype(np.float64),
+        transitions.rewards.astype(np.float64),
+        transitions.next_observations.astype(np.float64),
+        transitions.terminated,
+        transitions.extra["intervened"].astype(np.bool_),
+        transitions.extra["log_prob"].astype(np.float64),
+        np.zeros(len(transitions), dtype=np.int64),
+    )
 
 
 def _plain(values: Any) -> list[Any]:

@@ -96,7 +96,7 @@ class InterventionGate:
         *,
         threshold: float = 0.4,
         gamma: float = 0.99,
-        min_gain: float = 0.2,
+        min_gain: float = 0.25,
         exploration: float = 0.02,
         stagnation: int = 20,
         seed: int = 0,
@@ -165,9 +165,9 @@ class InterventionGate:
         return float(self._recent)
 
     def normalize(self, observation: Array) -> Tensor:
-        """Signals as the networks see them, (R, S): in standard deviations of what was seen; NaN is the mean."""
+        """Signals as the networks see them, (R, S): in standard deviations of what was seen."""
         x = (np.asarray(observation, dtype=np.float64) - self._center) / self._scale
-        return torch.from_numpy(np.clip(np.nan_to_num(x, nan=0.0), -BOUND, BOUND)).to(torch.float32)
+        return torch.from_numpy(np.clip(x, -BOUND, BOUND)).to(torch.float32)
 
     def probability(self, observation: Array) -> Array:
         """p(s), above 0 and below 1; (R, S) -> (R,)."""
@@ -200,9 +200,8 @@ class InterventionGate:
         """
         is_success = self.advantages(batch, of_acting=False) > self._min_gain
         for reward, intervened, success in zip(batch.rewards, batch.intervened, is_success, strict=True):
-            count, mean, squares = self._moments
-            new_mean = mean + (reward - mean) / (count + 1)
-            self._moments = np.array([count + 1, new_mean, squares + (reward - mean) * (reward - new_mean)])
+            count = self._moments[0]
+            self._count(reward)
             self._recent = reward if count == 0 else self._recent + 0.1 * (reward - self._recent)
             self._since_best += 1
             has_stagnated = self._since_best >= self._stagnation
@@ -214,7 +213,23 @@ class InterventionGate:
             if has_stagnated:
                 self._shift -= 2 * STEP
             self._shift = min(max(self._shift, -REACH), REACH)
-            self.n_decisions += 1
+
+    def take_in_earlier(self, batch: Batch) -> None:
+        """Note decisions of earlier runs: the reward's statistics, and that there is less to explore."""
+        for reward in batch.rewards:
+            self._count(reward)
+        self._recent = self._best_recent = self.reward_mean
+
+    def _count(self, reward: float) -> None:
+        """One decision more, and the running mean and variance of the rewards (Welford's)."""
+        count, mean, squares = self._moments
+        new_mean = mean + (reward - mean) / (count + 1)
+        self._moments = np.array([count + 1, new_mean, squares + (reward - mean) * (reward - new_mean)])
+        self.n_decisions += 1
+
+    def fill(self, observation: Array) -> Array:
+        """The same, with the mean of what was seen in place of numbers that are not finite; (R, S)."""
+        return np.where(np.isfinite(observation), observation, self._center)
 
     @property
     def performance(self) -> float:
@@ -245,10 +260,8 @@ class InterventionGate:
             timesteps: Transitions to draw from them, in minibatches.
             batch_size: Of a minibatch.
         """
-        seen = np.where(np.isfinite(batch.observations), batch.observations, np.nan)
-        if np.isfinite(seen).any(0).all():
-            std = np.nanstd(seen, 0)
-            self._center, self._scale = np.nanmean(seen, 0), np.where(std > 1e-6, std, 1.0)
+        std = batch.observations.std(0)
+        self._center, self._scale = batch.observations.mean(0), np.where(std > 1e-6, std, 1.0)
         now, then = self.normalize(batch.observations), self.normalize(batch.next_observations)
         rewards = torch.from_numpy(self.scaled(batch.rewards)).float()
         alive = torch.from_numpy(1.0 - batch.terminated).float()

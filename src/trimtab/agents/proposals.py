@@ -2,8 +2,9 @@
 
 Called by `agents.tuner`. No environment is stepped: a rollout, or a replay buffer, is filled from what was recorded.
 Sources: Schulman et al. 2017, arXiv:1707.06347; Mnih et al. 2015, Nature 518:529-533. PPO is meant for fresh rollouts;
-from older ones it learns as far as its ratio of probabilities is known and near 1: transitions where the policy has
-moved further than a factor of 2 are left out, and an update ends early where the policy moves further than `TARGET_KL`.
+from older ones it learns with each transition weighted by how much likelier its policy has made the action since then
+(importance sampling). Where that is more than a factor of 2 the transition is left out; and an update ends early where
+the policy moves further than `TARGET_KL` from where the update began.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ __all__ = ["KINDS", "ActionCode", "Proposals"]
 HIDDEN = (32, 32)
 TARGET_KL = 0.03
 MAX_RATIO = 2.0  # of the policy's probability now to that when it proposed
+LOG_STD = (
+    -1.5
+)  # at first, of a Gaussian over bounds of -1..1: nearly half a decade where moves are 2 decades either way
 MAX_JOINT = 1000  # joint actions that DQN has a value for
 _CPU = torch.device("cpu")
 
@@ -70,6 +74,10 @@ class ActionCode:
             sizes, start = [2] * space.shape[0], np.zeros(space.shape[0], dtype=np.int64)
         elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
             sizes, start = [], np.zeros(0, dtype=np.int64)
+            low, high = (np.ravel(bound).astype(np.float64) for bound in (space.low, space.high))
+            is_finite = np.isfinite(low) & np.isfinite(high) & (high > low)
+            self._bounds = np.where(is_finite, low, -1.0), np.where(is_finite, high, 1.0)
+            self._limits = space.low, space.high
         else:
             raise InputError(
                 f"action space {space}; expected Discrete, MultiDiscrete or MultiBinary with one axis, or a Box of "
@@ -93,7 +101,7 @@ class ActionCode:
             raise InputError(f"action {action!r} is not in the action space {self.space}")
         if self.sizes:
             return np.asarray(np.ravel(value) - self._start, dtype=np.float64)
-        low, high = self._bounds()
+        low, high = self._bounds
         return np.asarray(2 * (np.ravel(given) - low) / (high - low) - 1, dtype=np.float64)
 
     def decode(self, columns: Array) -> Any:
@@ -102,18 +110,9 @@ class ActionCode:
             return int(columns[0]) + int(self._start[0])
         if self.sizes:
             return (columns.astype(np.int64) + self._start).astype(self.space.dtype)
-        low, high = self._bounds()
-        values = low + (columns + 1) / 2 * (high - low)
-        assert isinstance(self.space, spaces.Box)
-        clipped = np.clip(values.reshape(self.space.shape), self.space.low, self.space.high)
-        return clipped.astype(self.space.dtype)
-
-    def _bounds(self) -> tuple[Array, Array]:
-        """Bounds, (K,); -1 and 1, which stretch nothing, where one of them is infinite."""
-        assert isinstance(self.space, spaces.Box)
-        low, high = (np.ravel(bound).astype(np.float64) for bound in (self.space.low, self.space.high))
-        is_finite = np.isfinite(low) & np.isfinite(high) & (high > low)
-        return np.where(is_finite, low, -1.0), np.where(is_finite, high, 1.0)
+        low, high = self._bounds
+        values = (low + (columns + 1) / 2 * (high - low)).reshape(self.space.shape or ())
+        return np.clip(values, *self._limits).astype(self.space.dtype)
 
 
 class Proposals(ABC):
@@ -256,7 +255,7 @@ class PPOProposals(Proposals):
             ent_coef=0.01,
             target_kl=TARGET_KL,
             batch_size=self._batch_size,
-            policy_kwargs={"net_arch": list(HIDDEN), "activation_fn": nn.Tanh},
+            policy_kwargs={"net_arch": list(HIDDEN), "activation_fn": nn.Tanh, "log_std_init": LOG_STD},
             device="cpu",
             _init_setup_model=False,
         )
@@ -273,7 +272,8 @@ class PPOProposals(Proposals):
             found = self.model.policy.get_distribution(x)
         if isinstance(found, MultiCategoricalDistribution):
             return [part.probs.double().numpy() for part in found.distribution], np.zeros(0)
-        assert isinstance(found, DiagGaussianDistribution)
+        if not isinstance(found, DiagGaussianDistribution):
+            raise InputError(f"a policy with a {type(found).__name__}; expected choices or a Gaussian")
         return [found.distribution.mean.double().numpy()], found.distribution.stddev.double().numpy()
 
     @override
@@ -316,10 +316,15 @@ class PPOProposals(Proposals):
         del next_x, rewards
         model = self.model
         rows = np.flatnonzero(batch.intervened)
-        moved = np.abs(self.log_prob(x[rows], batch.actions[rows]) - batch.log_probs[rows]) if len(rows) else rows
-        rows = rows[moved <= math.log(MAX_RATIO)][-self._n_steps :]
         if len(rows) < self._batch_size:
             return
+        log_probs = self.log_prob(x[rows], batch.actions[rows])
+        moved = log_probs - batch.log_probs[rows]
+        is_near = np.abs(moved) <= math.log(MAX_RATIO)
+        rows, log_probs, weights = (part[is_near][-self._n_steps :] for part in (rows, log_probs, np.exp(moved)))
+        if len(rows) < self._batch_size:
+            return
+        weighted = weights * advantages[rows]
         with torch.no_grad():
             values = model.policy.predict_values(x[rows]).flatten().numpy()
         n = len(rows)
@@ -327,10 +332,10 @@ class PPOProposals(Proposals):
         for name, column in {
             "observations": x[rows].numpy(),
             "actions": batch.actions[rows],
-            "log_probs": batch.log_probs[rows],
+            "log_probs": log_probs,
             "values": values,
-            "advantages": advantages[rows],
-            "returns": values + advantages[rows],
+            "advantages": weighted,
+            "returns": values + weighted,
         }.items():
             place = getattr(buffer, name)
             place[:] = np.asarray(column, dtype=place.dtype).reshape(place.shape)

@@ -81,7 +81,7 @@ class TunerOptions:
     burn_in: int = 0
     min_distance: int = 1
     stagnation: int = 20
-    min_gain: float = 0.2
+    min_gain: float = 0.25
     exploration: float = 0.02
     max_transitions: int = 20_000
 
@@ -191,6 +191,11 @@ class InterventionLearner:
         return int(self._rng.integers(2**31))
 
     @property
+    def n_seen(self) -> int:
+        """Transitions taken in so far; the number of the next one."""
+        return self._n_seen
+
+    @property
     def train_frequency(self) -> int:
         """Decisions between two trainings, as the newest rewards stand to all."""
         low, high = self.options.train_frequency_min, self.options.train_frequency_max
@@ -209,6 +214,7 @@ class InterventionLearner:
             observation: See above.
             deterministic: Neither explore when nor what.
         """
+        observation = self.gate.fill(observation)
         acts, probability = self.gate.decide(observation, deterministic=deterministic)
         x = self.gate.normalize(observation)
         return acts, probability, self.proposals.propose(x, None if deterministic else self._rng)
@@ -224,8 +230,10 @@ class InterventionLearner:
     ) -> None:
         """Take in what followed decisions, (N, ...), and train where it is time to.
 
-        A reward that is not finite counts as one standard deviation below the lowest that is remembered.
+        A reward that is not finite counts as one standard deviation below the lowest that is remembered, a signal that
+        is not as the mean of what was seen.
         """
+        observations, next_observations = self.gate.fill(observations), self.gate.fill(next_observations)
         x = self.gate.normalize(observations)
         floor = float(self.batch.rewards.min(initial=0.0)) - self.gate.reward_std
         new = Batch(
@@ -239,13 +247,19 @@ class InterventionLearner:
             np.arange(self._n_seen, self._n_seen + len(observations)),
         )
         self.gate.take_in(new)
-        self.remember(new)
+        self._remember(new)
         self._since += len(new.rewards)
         if self._since >= self.train_frequency and not self.gate.is_closed:
             self.train(self.training_timesteps)
 
-    def remember(self, batch: Batch) -> None:
-        """Add transitions, such as those of earlier runs, without counting them as decisions of this one."""
+    def learn_from_earlier(self, batch: Batch) -> None:
+        """Remember transitions of earlier runs, and learn from them."""
+        if len(batch.rewards):
+            self.gate.take_in_earlier(batch)
+            self._remember(batch)
+            self.train(self.options.training_timesteps_max)
+
+    def _remember(self, batch: Batch) -> None:
         count = len(batch.rewards)
         batch = batch._replace(numbers=np.arange(self._n_seen, self._n_seen + count))
         self._n_seen += count

@@ -37,6 +37,8 @@ INITIAL_RATES = (1e-5, 1e-1)  # what a user may have written: the range of `Epis
 class TrainingEnv(gymnasium.Env[Any, Any]):
     """One run; an environment step is one decision and the interval after it.
 
+    With the knob "weight_decay", a task without any begins at the knob's lower bound, since 0 cannot be multiplied.
+
     Observation (S,) and action are those of the spec. `reset` takes the first interval, at the rate the run starts
     with. The validation loss is measured at every decision. The episode is `terminated` at the end of the budget, since
     the progress is observed, and when the guard gives up; it is never truncated. After a roll-back the guard has moved
@@ -109,9 +111,9 @@ class TrainingEnv(gymnasium.Env[Any, Any]):
         return int(kept[0]) if self.action_space.shape == () else kept
 
     def decode(self, action: Any) -> list[Any]:
-        """Values that an action asks for now, one a knob: whole numbers of whole knobs, names of choices.
+        """Values that an action asks for now, one a knob, within its bounds: whole numbers, and names of choices.
 
-        The base schedule is not among them, and gate and bounds may leave less; the records say what was written.
+        Those of the rate are without the base schedule, and the gate may leave less; the records say what was written.
 
         Raises:
             InputError: There is no run under way, or the action does not fit.
@@ -119,14 +121,12 @@ class TrainingEnv(gymnasium.Env[Any, Any]):
         if self.controller is None:
             raise InputError("decode() before reset(): values depend on those of a run; call reset(seed=...) first")
         asked = self.controller.decode(np.asarray(action).reshape(1, -1))
-        return [
-            knob.choices[round(min(max(value, knob.low), knob.high))]
-            if isinstance(knob, CategoricalKnob)
-            else round(value)
-            if knob.is_whole
-            else value
-            for knob, value in zip(self.control_spec.make_knobs(), asked, strict=True)
-        ]
+        values: list[Any] = []
+        for knob, number in zip(self.control_spec.make_knobs(), asked, strict=True):
+            value = min(max(number, knob.low), knob.high)
+            whole = round(value) if knob.is_whole else value
+            values.append(knob.choices[int(whole)] if isinstance(knob, CategoricalKnob) else whole)
+        return values
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Begin a run and take its first interval.
@@ -149,6 +149,10 @@ class TrainingEnv(gymnasium.Env[Any, Any]):
         low, high = np.log(INITIAL_RATES)
         drawn = float(np.exp(numpy_generator(run, "initial rate").uniform(low, high)))
         task = self.task.replace(lr=drawn if self._lr is None else self._lr)
+        if task.weight_decay == 0 and "weight_decay" in self.control_spec.knobs:
+            # Nothing can be multiplied with 0: the least that the knob can write, which changes next to nothing.
+            knobs = dict(zip(self.control_spec.knobs, self.control_spec.make_knobs(), strict=True))
+            task = task.replace(weight_decay=knobs["weight_decay"].low)
         self._loop = loop = TrainingLoop(task, self._data, seed=run, device=self._device)
         timing, epoch_steps = self.control_spec.timing, loop.steps_per_epoch
         if timing.next_decision(0, 0, loop.total_steps, epoch_steps) >= loop.total_steps:
