@@ -233,6 +233,30 @@ def test_bad_input_is_refused_by_name(given: dict[str, Any], message: str) -> No
     assert message in str(caught.value)
 
 
+def test_a_task_without_decay_begins_at_the_least_that_the_knob_can_write() -> None:
+    env = make(knobs=("lr", "weight_decay"))
+    _, infos = env.reset(seed=0)
+    assert infos["weight_decay"] == env.unwrapped.control_spec.make_knobs()[1].low
+    assert infos["weight_decay"] == 1e-6
+
+
+def test_what_an_action_asks_for_is_decoded_within_the_bounds() -> None:
+    env = make(knobs=("lr", "optimizer", "weight_decay"), lr=1e-3)
+    inner = env.unwrapped
+    assert inner.hyperparameters == ("lr", "optimizer", "weight_decay")
+    assert inner.no_change_action.tolist() == [0.0, 0.0, 0.0]
+    with pytest.raises(InputError, match=r"decode\(\) before reset\(\)"):
+        inner.decode([0.0, 0.0, 0.0])
+    env.reset(seed=0)
+    rate, optimizer, decay = inner.decode([0.5, 0.0, 2.0])
+    assert rate == pytest.approx(1e-3 * 10**0.5)
+    assert optimizer == "adam"
+    assert decay == pytest.approx(1e-4)
+    assert inner.decode([-2.0, 0.0, -2.0])[2] == 1e-6
+    with pytest.raises(InputError, match="expected finite numbers of shape"):
+        inner.decode([0.0])
+
+
 def test_bad_calls_are_refused() -> None:
     env = make()
     with pytest.raises(InputError, match=r"step\(\) before reset\(\)"):
@@ -241,8 +265,8 @@ def test_bad_calls_are_refused() -> None:
         env.reset(options={"a": 1})
     with pytest.raises(InputError, match="would fall on the end of the budget of 60 optimizer steps"):
         make(spec=ControlSpec(timing=Timing(every=70))).reset(seed=0)
-    with pytest.raises(InputError, match="'weight_decay'"):  # the task decays nothing
-        make(knobs=("lr", "weight_decay")).reset(seed=0)
+    with pytest.raises(InputError, match="'dropout'"):  # the network has none
+        make(knobs=("lr", "dropout")).reset(seed=0)
     env.reset(seed=0)
     for action in (np.array([np.nan]), np.zeros(2)):
         with pytest.raises(InputError, match="expected finite numbers of shape"):
