@@ -249,6 +249,22 @@ class Agent(ABC):
             terminated: (R,); no value follows.
         """
 
+    def learn_from_earlier(
+        self,
+        observation: Array,
+        action: npt.NDArray[Any],
+        reward: Array,
+        next_observation: Array,
+        terminated: npt.NDArray[np.bool_],
+    ) -> None:
+        """Learn from transitions of earlier runs, perhaps of other agents, the newest last; (T, ...) as in `update`.
+
+        Raises:
+            InputError: This agent learns from nothing but what it does itself.
+        """
+        del observation, action, reward, next_observation, terminated
+        raise InputError(f"agent {self.name!r} does not learn from earlier runs' transitions; leave experience out")
+
     def learn(self, env: Any, total_timesteps: int) -> Agent:
         """Learn by acting in a Gymnasium environment.
 

@@ -320,11 +320,11 @@ class PPOProposals(Proposals):
             return
         log_probs = self.log_prob(x[rows], batch.actions[rows])
         moved = log_probs - batch.log_probs[rows]
-        is_near = np.abs(moved) <= math.log(MAX_RATIO)
-        rows, log_probs, weights = (part[is_near][-self._n_steps :] for part in (rows, log_probs, np.exp(moved)))
-        if len(rows) < self._batch_size:
+        newest = np.flatnonzero(np.abs(moved) <= math.log(MAX_RATIO))[-self._n_steps :]
+        if len(newest) < self._batch_size:
             return
-        weighted = weights * advantages[rows]
+        rows, log_probs = rows[newest], log_probs[newest]
+        weighted = np.exp(moved[newest]) * advantages[rows]
         with torch.no_grad():
             values = model.policy.predict_values(x[rows]).flatten().numpy()
         n = len(rows)

@@ -205,6 +205,18 @@ class QLearning(Agent):
             self.table[row, column] += self._learning_rate * (target - self.table[row, column])
             self.visits[row, column] += 1
 
+    @override
+    def learn_from_earlier(
+        self,
+        observation: Array,
+        action: npt.NDArray[Any],
+        reward: Array,
+        next_observation: Array,
+        terminated: npt.NDArray[np.bool_],
+    ) -> None:
+        """See `Agent.learn_from_earlier`; Q-learning's target does not depend on who acted."""
+        self.update(observation, action, reward, next_observation, terminated)
+
     def _joint(self, action: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         shape = (len(self._actions.factors),) * self._n_knobs
         columns = tuple(action.astype(np.int64).reshape(-1, self._n_knobs).T)

@@ -443,6 +443,30 @@ class TunerAgent(Agent):
         self.learner.record(observation, action, reward, next_observation, terminated, intervened)
 
     @override
+    def learn_from_earlier(
+        self,
+        observation: Array,
+        action: npt.NDArray[Any],
+        reward: Array,
+        next_observation: Array,
+        terminated: npt.NDArray[np.bool_],
+    ) -> None:
+        """See `Agent.learn_from_earlier`. Of what another policy proposed, PPO learns as if this one had."""
+        x = self.learner.gate.normalize(observation)
+        self.learner.learn_from_earlier(
+            Batch(
+                observation,
+                np.asarray(action, dtype=np.float64),
+                reward,
+                next_observation,
+                terminated,
+                (action != self._keep).any(1),
+                self.learner.proposals.log_prob(x, np.asarray(action, dtype=np.float64)),
+                np.zeros(len(reward), dtype=np.int64),
+            )
+        )
+
+    @override
     def reseed(self, seed: int) -> None:
         self.learner.reseed(seed)
 
