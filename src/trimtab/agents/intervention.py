@@ -43,6 +43,7 @@ BOUND = 5.0  # normalised signals are clipped to +- this
 EARLY = 100  # decisions after which half of what was drawn at random at first still is
 REACH = 1.0  # how far the logit of the threshold may move from where it began
 STEP = 0.05  # and how far one intervention moves it
+SURE = 0.02  # probabilities this near to 0 or 1 are explored no more than at last, once EARLY decisions were taken
 _TABLE = 4096  # transitions after which the counts of the bootstrap repeat
 
 
@@ -80,7 +81,8 @@ class InterventionGate:
         gamma: Discount per decision.
         min_gain: What acting must win to be worth it, in standard deviations of the reward.
         exploration: Least share of decisions at which a coin decides instead; n decisions in, max(this, 1 / (1 + n /
-            100)). Without it nothing would be learned of what is never tried.
+            100)), and from the hundredth on no more than this where the probability is below 0.02 or above 0.98.
+            Without it nothing would be learned of what is never tried.
         stagnation: Decisions without a new best running mean of the reward after which the threshold falls.
         seed: Of first weights, exploration and minibatches.
 
@@ -185,7 +187,8 @@ class InterventionGate:
         p = self.probability(observation)
         acts = p > self.threshold
         if not deterministic and not self.is_fixed:
-            is_drawn = self._rng.random(len(p)) < self.exploration
+            is_sure = (np.abs(p - 0.5) > 0.5 - SURE) & (self.n_decisions >= EARLY)
+            is_drawn = self._rng.random(len(p)) < np.where(is_sure, self._exploration, self.exploration)
             acts = np.where(is_drawn, self._rng.random(len(p)) < 0.5, acts)
         return acts, p
 
