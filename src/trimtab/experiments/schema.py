@@ -79,6 +79,18 @@ def _interval(value: Any) -> float:
     return share
 
 
+def _space(value: Any) -> Any:
+    """Bounds as numbers: PyYAML reads `1e-5` as a string."""
+    if not isinstance(value, dict):
+        raise ValueError(f"got {reprlib.repr(value)}, expected a mapping such as {{lr: {{low: 1.0e-5, high: 0.1}}}}")
+    space = {}
+    for name, options in value.items():
+        if not isinstance(options, dict):
+            raise ValueError(f"got {name}: {reprlib.repr(options)}, expected options of the knob, {{}} for its own")
+        space[name] = {key: number(item) if key in ("low", "high") else item for key, item in options.items()}
+    return space
+
+
 Rate = float | dict[str, Any] | str
 _Rate = Annotated[Any, BeforeValidator(_rate)]
 _Every = Annotated[Any, BeforeValidator(_every)]
@@ -98,7 +110,7 @@ class SearchSpec(Strict):
     """
 
     method: Text
-    space: Annotated[dict[Text, Options], Field(min_length=1)]
+    space: Annotated[dict[Text, Options], Field(min_length=1), BeforeValidator(_space)]
     trials: Count | None = None
     budget: Literal["shared", "each"] = "shared"
     points: Annotated[int, whole(2)] | None = None
