@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from trimtab.errors import InputError
@@ -31,7 +31,7 @@ from trimtab.experiments.trials import Record, Setup, TrialRun, loss_of, read_re
 from trimtab.storage import RunDirectory, append_lines
 from trimtab.training.loop import TrainingLoop
 
-__all__ = ["check_search", "run_search"]
+__all__ = ["check_search", "check_searches", "run_search"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,17 @@ class _Plan:
     total: int
 
 
+def check_searches(jobs: Iterable[Job], data_dir: str | None) -> None:
+    """As `check_search`, of many; the data that it read is let go of, since it is the workers that need it.
+
+    Raises:
+        InputError: One of them cannot be run.
+    """
+    for job in sorted(jobs, key=lambda job: str(job["task"])):
+        check_search(job, data_dir)
+    load_data.cache_clear()
+
+
 def check_search(job: Job, data_dir: str | None) -> None:
     """Check, without training, that a search can be run: its space on its task's network and data, trials, budget.
 
@@ -63,7 +74,7 @@ def check_search(job: Job, data_dir: str | None) -> None:
         MissingExtraError: The method needs a package that is not installed.
     """
     try:
-        _plan(job, data_dir)
+        _plan({**job, "device": "cpu", "precision": "float32"}, data_dir)  # who checks needs no other device
         if job["search"]["method"] == "tpe":
             import_optuna()
     except InputError as error:
