@@ -107,6 +107,7 @@ class SearchSpec(Strict):
         budget: "shared": all trials together get the budget of one run. "each": every trial gets it.
         points: Of a grid, values of each parameter; 3 where it is not given.
         interval: Of pbt, share of a member's budget between two rounds of copying; 0.1 where it is not given.
+        masks: Whether what a task's network has not is left out of the space there, instead of refused.
     """
 
     method: Text
@@ -115,6 +116,7 @@ class SearchSpec(Strict):
     budget: Literal["shared", "each"] = "shared"
     points: Annotated[int, whole(2)] | None = None
     interval: Annotated[float, BeforeValidator(_interval)] | None = None
+    masks: Annotated[bool, Field(strict=True)] = False
 
 
 class ArmSpec(Strict):

@@ -12,7 +12,7 @@ network that begins there would not have.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class Space:
 
     Attributes:
         knobs: Name -> knob, in the order given. Their bounds hold; `fit` narrows them to what a run can take.
+        masked: Parameters that `fit` found to be none of the run, and why.
 
     Raises:
         InputError: A knob or one of its options is unknown or wrong.
@@ -54,6 +55,7 @@ class Space:
     def __init__(self, names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
         self._spec = ControlSpec(knobs=tuple(names), knob_options=options)
         self.knobs = self._make()
+        self.masked: dict[str, str] = {}
         for knob in self.knobs.values():
             if knob.moves_rate and not isinstance(knob, CategoricalKnob):
                 raise InputError(
@@ -103,30 +105,47 @@ class Space:
 
     # ---- acting -------------------------------------------------------------------------------------------------
 
-    def fit(self, make_loop: Callable[[Values], TrainingLoop], seed: int) -> TrainingLoop:
+    def fit(self, make_loop: Callable[[Values], TrainingLoop], seed: int, *, masks: bool = False) -> TrainingLoop:
         """Narrow the bounds to what a run can take: samples that there are, layers that have to stay.
 
         Args:
             make_loop: Makes the loop of a run from the values that its task can take.
             seed: Of the run's weights.
+            masks: Leave out what the run has not, instead of refusing it.
 
         Returns:
             The loop of a run without the values of a trial.
 
         Raises:
-            InputError: The run has no such knob; or its network cannot be drawn anew in another shape.
+            InputError: The run has no such knob, or none at all; or its network cannot be drawn anew in another shape.
         """
         first = {name: self.value(name, self.knobs[name].high) for name in _OF_TASK if name in self.knobs}
         loop = make_loop(first)
-        if self.shapes and not _draws_alike(loop.model, seed):
-            raise InputError(
-                f"the network of {loop.task.name!r} draws its weights in a way of its own, so that one of another "
-                f"shape cannot be drawn like it; leave {' and '.join(self.shapes)} out of the space"
-            )
+        is_like_others = not self.shapes or _draws_alike(loop.model, seed)
         state = RunState(loop.optimizer, loop.model, loop, loop.total_steps)
         for name in self._order():
-            self.knobs[name].bind(state)
+            knob = self.knobs[name]
+            try:
+                if knob.changes_shape and not is_like_others:
+                    raise InputError(
+                        f"the network of {loop.task.name!r} draws its weights in a way of its own, so that one of "
+                        f"another shape cannot be drawn like it; leave {name!r} out of the space"
+                    )
+                knob.bind(state)
+            except InputError as error:
+                if not masks:
+                    raise
+                self.masked[name] = str(error)
+        if len(self.masked) == len(self.knobs):
+            raise InputError(f"search: no parameter of the space can act: {'; '.join(self.masked.values())}")
+        self._leave_out(self.masked)
         return loop
+
+    def _leave_out(self, names: Collection[str]) -> None:
+        kept = [name for name in self.knobs if name not in names]
+        options = {name: given for name, given in self._spec.knob_options.items() if name in kept}
+        self._spec = ControlSpec(knobs=tuple(kept), knob_options=options)
+        self.knobs = {name: self.knobs[name] for name in kept}
 
     def on_task(self, task: Task, values: Values) -> Task:
         """The task, with the values from which it makes its optimizer."""

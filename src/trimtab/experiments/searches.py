@@ -119,7 +119,7 @@ def _plan(job: Job, data_dir: str | None) -> _Plan:
         check_population(space, search["trials"])
     n_parts = math.ceil(1 / search["interval"] - 1e-9) if method == "pbt" else PARTS
     setup = Setup(job, load_data(job["task"], job["scale"], data_dir), space, n_parts)
-    loop = space.fit(setup.make_loop, setup.seed)
+    loop = space.fit(setup.make_loop, setup.seed, masks=search["masks"])
     TrialRun(setup, random_values(job, space, 0), make_task(job).total_steps)  # says what cannot act, before anything
     trials, run_steps = _count_trials(search, space), make_task(job).total_steps
     total = run_steps * (trials if search["budget"] == "each" else 1)
@@ -161,6 +161,7 @@ def _header(plan: _Plan) -> dict[str, Any]:
             "trials": plan.trials,
             "total_steps_of_all_trials": plan.total,
             "space": plan.setup.space.bounds(),
+            "masked": plan.setup.space.masked,
         },
         "device": str(loop.device),
         "precision": loop.precision,
@@ -322,7 +323,7 @@ def _result(plan: _Plan, folder: RunDirectory, records: Sequence[Record], choosi
         "n_rollbacks": 0,
         "test_reads": loop.test_reads,
         "learning": {"runs": 0, "optimizer_steps": 0, "flops": 0},
-        "notes": _notes(records, test["loss"]),
+        "notes": _notes(plan, records, test["loss"]),
         "brain": None,
         "search": {
             "method": plan.method,
@@ -357,8 +358,8 @@ def _best(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return min(losses, default=None)
 
 
-def _notes(records: Sequence[Record], test_loss: float) -> list[str]:
-    notes = []
+def _notes(plan: _Plan, records: Sequence[Record], test_loss: float) -> list[str]:
+    notes = [f"not searched here: {name}: {why}" for name, why in plan.setup.space.masked.items()]
     idle = sum(record["optimizer_step"] == 0 for record in records)
     if idle:
         notes.append(f"{idle} of {len(records)} trials: their budget did not pay for a single optimizer step")

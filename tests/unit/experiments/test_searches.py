@@ -215,6 +215,20 @@ def test_a_network_that_draws_in_its_own_way_is_refused(tmp_path):
         Space(["units"], {}).fit(make_loop, setup.seed)
 
 
+def test_what_a_network_has_not_is_left_out_where_that_is_asked_for(tmp_path):
+    search = {"method": "grid", "points": 2, "space": {"dropout": {}, **RATES}, "masks": True}
+    job = job_of(tmp_path, search)
+    check_search(job, None)
+    result = do(tmp_path, job)
+    assert [list(trial["values"]) for trial in trials_of(tmp_path, job)] == [["lr"], ["lr"]]
+    header = json.loads((folder_of(tmp_path, job) / "run.json").read_text())
+    assert list(header["search"]["space"]) == ["lr"]
+    assert header["search"]["masked"]["dropout"].startswith("Sequential has no dropout: ")
+    assert [note.split(":")[:2] for note in result["notes"]] == [["not searched here", " dropout"]]
+    with pytest.raises(InputError, match="search: no parameter of the space can act: Sequential has no dropout"):
+        check_search(job_of(tmp_path, {**search, "space": {"dropout": {}}}), None)
+
+
 def test_bounds_are_narrowed_to_what_the_run_can_take(tmp_path):
     setup = setup_of(tmp_path, {"batch_size": {"low": 16, "high": 5000}})
     assert setup.space.bounds() == {"batch_size": {"low": 16, "high": 1077, "scale": "log"}}
@@ -639,6 +653,16 @@ n_seeds: 2
 sensitivity_lrs: [0.01]
 sensitivity_seeds: 1
 """
+
+
+def test_the_study_in_the_documentation_can_be_planned(tmp_path):
+    text = (Path(__file__).parents[3] / "docs" / "searches.md").read_text()
+    path = tmp_path / "my-search.yaml"
+    path.write_text(text.split("```yaml\n")[1].split("```")[0])
+    jobs = [job for job in plan_jobs(load_study(path, scale="smoke")) if job.search is not None]
+    assert [(job.arm, job.seed) for job in jobs] == [(a, n) for a in ("random-10", "tpe-10") for n in range(5)]
+    for job in (jobs[0], jobs[5]):
+        check_search(job.to_json(), None)
 
 
 def test_a_search_is_an_arm_of_the_report(tmp_path):
