@@ -20,6 +20,7 @@ _NAMES = {
     "tuned": "the tuned schedule",
     "placebo": "its placebo",
     "yoked": "its yoked twin",
+    "search": "the search",
     "user": "your configuration",
 }
 
