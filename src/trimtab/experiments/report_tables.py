@@ -238,13 +238,14 @@ def _searches(rows: Sequence[Row]) -> Table:
     for row in rows:
         found = row.get("search") or {"seeds": []}
         for place, seed in enumerate(found["seeds"]):
-            values, trials, pruned = (found[key][place] for key in ("values", "trials", "pruned"))
+            values, trials = found["values"][place], found["trials"][place]
+            aside = [(found["pruned"][place], "stopped"), (found["idle"][place], "without a step")]
             table.append(
                 [
                     row["id"],
                     words.cost(row["cost"]),
                     str(seed),
-                    "–" if trials is None else f"{trials}" + (f", {pruned} of them stopped" if pruned else ""),
+                    "–" if trials is None else ", ".join([f"{trials}", *(f"{n} {what}" for n, what in aside if n)]),
                     ", ".join(f"{name} {_value(value)}" for name, value in (values or {}).items()) or "–",
                     _of_seed(row["metrics"]["final_val_loss"], row["seeds"], seed),
                     _of_seed(found["one_run_val_loss"], found["seeds"], seed),

@@ -238,6 +238,7 @@ def _search(runs: Sequence[Run]) -> dict[str, Any]:
         "seeds": [run.seed for run in runs],
         "trials": [entry.get("trials") for entry in found],
         "pruned": [entry.get("pruned") for entry in found],
+        "idle": [entry.get("idle") for entry in found],
         "values": [entry.get("values") for entry in found],
         "one_run_val_loss": summarize([entry.get("final_val_loss") for entry in first]).to_json(),
         "one_run_flops": summarize([entry.get("flops") for entry in first]).to_json(),

@@ -30,7 +30,7 @@ from trimtab.knobs.base import CategoricalKnob, Knob
 from trimtab.seeding import derive_seed, numpy_generator
 from trimtab.training.loop import ROUNDING
 
-__all__ = ["PARTS", "Listed", "Method", "Tpe", "import_optuna", "random_values"]
+__all__ = ["PARTS", "Drawn", "Listed", "Method", "Tpe", "count_idle", "import_optuna", "random_values"]
 
 # Parts of a trial. A power of Hyperband's factor of 3, so that its brackets stop trials after 1/9, after 1/3, or never.
 PARTS = 9
@@ -41,12 +41,11 @@ class Method(ABC):
     """Says which values come next, and for how long."""
 
     @abstractmethod
-    def steps(self, number: int, left: float) -> int:
-        """Budget of a trial, in optimizer steps of the task's own cost; 0 where there is none any more.
+    def steps(self, records: Sequence[Record]) -> int:
+        """Budget of the next trial, in optimizer steps of the task's own cost; 0 where there is none any more.
 
         Args:
-            number: Of the trial, from 0.
-            left: What is left of the search's budget.
+            records: The trials so far.
         """
 
     @abstractmethod
@@ -72,7 +71,7 @@ class Method(ABC):
 
 
 class Listed(Method):
-    """Trials that are known beforehand: of a grid, or drawn at random.
+    """Trials that are known beforehand: the points of a grid.
 
     Args:
         values: Of each trial.
@@ -84,13 +83,44 @@ class Listed(Method):
         self._total = total
 
     @override
-    def steps(self, number: int, left: float) -> int:
-        count = len(self._values)
-        return 0 if number >= count else self._total // count + (number < self._total % count)
+    def steps(self, records: Sequence[Record]) -> int:
+        return _part(self._total, len(self._values), len(records))
 
     @override
     def ask(self, number: int) -> Values:
         return dict(self._values[number])
+
+
+class Drawn(Method):
+    """Trials at random. What its part of the budget pays no step for does not count, and others are drawn instead.
+
+    Args:
+        job: Whose seeds the draws come from.
+        space: The parameters.
+        trials: How many are trained, of equal parts of the budget, as in `Listed`.
+        total: Budget of all of them.
+    """
+
+    def __init__(self, job: Job, space: Space, trials: int, total: int) -> None:
+        self._job, self._space, self._trials, self._total = job, space, trials, total
+
+    @override
+    def steps(self, records: Sequence[Record]) -> int:
+        n_idle = count_idle(records)
+        return _part(self._total, self._trials, len(records) - min(n_idle, self._trials))
+
+    @override
+    def ask(self, number: int) -> Values:
+        return random_values(self._job, self._space, number)
+
+
+def _part(total: int, trials: int, number: int) -> int:
+    return 0 if number >= trials else total // trials + (number < total % trials)
+
+
+def count_idle(records: Sequence[Record]) -> int:
+    """Trials whose part of the budget did not pay for a single step."""
+    return sum(record["optimizer_step"] == 0 for record in records)
 
 
 def random_values(job: Job, space: Space, number: int) -> Values:
@@ -103,7 +133,8 @@ class Tpe(Method):
     """TPE with Hyperband, in a database of its own.
 
     Each trial may spend `total / trials`, of which Hyperband's resources are ninths. What stopped trials leave is spent
-    on further ones, as long as it pays for a whole one.
+    on further ones, as long as it pays for a whole one. Beyond as many as there are `trials`, those whose part pays
+    for no step count as if they had spent it, so that there is an end.
 
     Args:
         path: The database.
@@ -119,6 +150,7 @@ class Tpe(Method):
     def __init__(self, path: Path, job: Job, space: Space, trials: int, total: int) -> None:
         self._optuna = import_optuna()
         self._path, self._job, self._space = path, job, space
+        self._trials, self._total = trials, total
         self._steps = total // trials
         self._verbosity = self._optuna.logging.get_verbosity()
         self._optuna.logging.set_verbosity(self._optuna.logging.ERROR)
@@ -149,8 +181,10 @@ class Tpe(Method):
         )
 
     @override
-    def steps(self, number: int, left: float) -> int:
-        return self._steps if left + ROUNDING >= self._steps else 0
+    def steps(self, records: Sequence[Record]) -> int:
+        spent = math.fsum(record["spent"] for record in records)
+        spent += self._steps * max(0, count_idle(records) - self._trials)
+        return self._steps if self._total - spent + ROUNDING >= self._steps else 0
 
     @override
     def knows(self, number: int) -> bool:

@@ -25,7 +25,16 @@ from typing import Any
 from trimtab.errors import InputError
 from trimtab.experiments.jobs import Job, Progress, inference_speed, load_data, make_task
 from trimtab.experiments.pbt import Population, check_population
-from trimtab.experiments.search_methods import PARTS, Listed, Method, Tpe, import_optuna, random_values
+from trimtab.experiments.search_methods import (
+    PARTS,
+    Drawn,
+    Listed,
+    Method,
+    Tpe,
+    count_idle,
+    import_optuna,
+    random_values,
+)
 from trimtab.experiments.search_space import Space
 from trimtab.experiments.trials import Record, Setup, TrialRun, loss_of, read_record, trial_folder, write_record
 from trimtab.storage import RunDirectory, append_lines
@@ -174,10 +183,10 @@ def _header(plan: _Plan) -> dict[str, Any]:
 def _run_trials(plan: _Plan, folder: RunDirectory, progress: Progress) -> tuple[list[Record], float]:
     """Trials one after another; and the seconds that choosing them took."""
     records: list[Record] = []
-    left, choosing = float(plan.total), 0.0
+    choosing = 0.0
     method = _method(plan, folder)
     try:
-        while steps := method.steps(len(records), left):
+        while steps := method.steps(records):
             number = len(records)
             path = trial_folder(folder.path, number)
             record = read_record(path)
@@ -186,7 +195,7 @@ def _run_trials(plan: _Plan, folder: RunDirectory, progress: Progress) -> tuple[
                 values = method.ask(number)
                 choosing += time.perf_counter() - started
                 if record is None:
-                    say = _say(plan, plan.total - left, progress)
+                    say = _say(plan, math.fsum(record["spent"] for record in records), progress)
                     record = _run_trial(plan, folder, records, values, steps, method, say)
                 else:  # its trial.json was written, and then the search was killed
                     record = read_record(path, values) or record
@@ -194,8 +203,6 @@ def _run_trials(plan: _Plan, folder: RunDirectory, progress: Progress) -> tuple[
                         method.should_stop(row)
                 method.tell(record)
             records.append(record)
-            # One that could not pay for a single step has had its turn, lest there be such without end.
-            left -= record["spent"] or steps
     finally:
         method.close()
     return records, choosing
@@ -207,7 +214,7 @@ def _method(plan: _Plan, folder: RunDirectory) -> Method:
         return Tpe(folder.path / "optuna.db", setup.job, setup.space, trials, plan.total)
     if plan.method == "grid":
         return Listed(setup.space.grid(setup.job["search"]["points"]), plan.total)
-    return Listed([random_values(setup.job, setup.space, number) for number in range(trials)], plan.total)
+    return Drawn(setup.job, setup.space, trials, plan.total)
 
 
 def _run_trial(
@@ -330,15 +337,20 @@ def _result(plan: _Plan, folder: RunDirectory, records: Sequence[Record], choosi
             "budget": plan.setup.job["search"]["budget"],
             "trials": len(records),
             "pruned": sum(record["status"] == "pruned" for record in records),
+            "idle": count_idle(records),
             "winner": winner["number"],
             "values": winner["values"],
-            "one_run": _one_run(plan, records[0]) if plan.method in ("random", "tpe") else None,
+            "one_run": _one_run(plan, records) if plan.method in ("random", "tpe") else None,
         },
     }
 
 
-def _one_run(plan: _Plan, record: Record) -> dict[str, Any]:
-    """What one run gives without a search: the first trial, whose values are drawn at random and which nobody stops."""
+def _one_run(plan: _Plan, records: Sequence[Record]) -> dict[str, Any]:
+    """What one run gives without a search: the first trial, whose values are drawn at random and which nobody stops.
+
+    Where its part of the budget did not pay for a step, the next one stands for it.
+    """
+    record = next((record for record in records if record["optimizer_step"] > 0), records[0])
     return {
         "values": record["values"],
         "final_val_loss": record["val_loss"],
@@ -360,7 +372,7 @@ def _best(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 def _notes(plan: _Plan, records: Sequence[Record], test_loss: float) -> list[str]:
     notes = [f"not searched here: {name}: {why}" for name, why in plan.setup.space.masked.items()]
-    idle = sum(record["optimizer_step"] == 0 for record in records)
+    idle = count_idle(records)
     if idle:
         notes.append(f"{idle} of {len(records)} trials: their budget did not pay for a single optimizer step")
     lost = sum(record["status"] == "diverged" for record in records)

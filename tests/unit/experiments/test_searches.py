@@ -286,12 +286,26 @@ def test_tpe_spends_what_stopped_trials_leave(tmp_path):
     assert trials[result["search"]["winner"]]["status"] == "done"
 
 
-def test_a_trial_that_cannot_pay_for_a_step_has_had_its_turn(tmp_path):
-    job = job_of(tmp_path, {"method": "tpe", "trials": 12, "space": {"batch_size": {"low": 256, "high": 512}}})
+@pytest.mark.parametrize("method", ["random", "tpe"])
+def test_there_is_an_end_where_no_trial_can_pay_for_a_step(tmp_path, method):
+    job = job_of(tmp_path, {"method": method, "trials": 8, "space": {"batch_size": {"low": 300, "high": 512}}})
     result = do(tmp_path, job)
-    assert result["search"]["trials"] == 12
+    assert (result["search"]["trials"], result["search"]["idle"]) == (16, 16)
     assert result["metrics"]["flops"] == 0
-    assert result["notes"] == ["12 of 12 trials: their budget did not pay for a single optimizer step"]
+    assert result["notes"] == ["16 of 16 trials: their budget did not pay for a single optimizer step"]
+
+
+def test_what_its_part_does_not_pay_for_is_drawn_again(tmp_path):
+    # Ten optimizer steps for each trial: a batch of more than 320 samples costs more.
+    job = job_of(tmp_path, {"method": "random", "trials": 6, "space": {"batch_size": {"low": 200, "high": 512}}})
+    result = do(tmp_path, job)
+    sizes = [trial["values"]["batch_size"] for trial in trials_of(tmp_path, job)]
+    is_idle = [trial["optimizer_step"] == 0 for trial in trials_of(tmp_path, job)]
+    assert is_idle == [size > 320 for size in sizes]
+    assert 0 < sum(is_idle) <= 6
+    assert len(sizes) - sum(is_idle) == 6
+    first = next(trial for trial in trials_of(tmp_path, job) if trial["optimizer_step"] > 0)
+    assert result["search"]["one_run"]["values"] == first["values"]
 
 
 def test_a_search_over_what_changes_the_cost_puts_budgets_in_flops(tmp_path):
@@ -637,7 +651,7 @@ def test_tpe_draws_every_kind_of_parameter_inside_its_bounds(tmp_path):
 def test_a_list_shares_what_does_not_divide():
     values = [{"lr": float(n)} for n in range(4)]
     listed = Listed(values, 10)
-    assert [listed.steps(number, 0.0) for number in range(5)] == [3, 3, 2, 2, 0]
+    assert [listed.steps([{}] * number) for number in range(5)] == [3, 3, 2, 2, 0]
 
 
 # ---- in a study -------------------------------------------------------------------------------------------------
