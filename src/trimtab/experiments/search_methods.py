@@ -120,7 +120,7 @@ def _part(total: int, trials: int, number: int) -> int:
 
 def count_idle(records: Sequence[Record]) -> int:
     """Trials whose part of the budget did not pay for a single step."""
-    return sum(record["optimizer_step"] == 0 for record in records)
+    return sum(record["status"] == "idle" for record in records)
 
 
 def random_values(job: Job, space: Space, number: int) -> Values:

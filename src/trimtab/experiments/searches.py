@@ -350,7 +350,7 @@ def _one_run(plan: _Plan, records: Sequence[Record]) -> dict[str, Any]:
 
     Where its part of the budget did not pay for a step, the next one stands for it.
     """
-    record = next((record for record in records if record["optimizer_step"] > 0), records[0])
+    record = next((record for record in records if record["status"] != "idle"), records[0])
     return {
         "values": record["values"],
         "final_val_loss": record["val_loss"],

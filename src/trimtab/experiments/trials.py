@@ -161,9 +161,10 @@ class TrialRun:
     def record(self, number: int, *, is_stopped: bool = False) -> Record:
         """What trial.json holds."""
         last = self.rows[-1]
+        status = "pruned" if is_stopped else "done" if math.isfinite(last["val_loss"]) else "diverged"
         return {
             "number": number,
-            "status": "pruned" if is_stopped else "done" if math.isfinite(last["val_loss"]) else "diverged",
+            "status": status if last["optimizer_step"] else "idle",
             "values": self.values,
             "total_steps": self._total_steps,
             **{key: last[key] for key in ("optimizer_step", "spent", "samples", "epoch", "val_loss", "accuracy")},
@@ -231,6 +232,9 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def loss_of(record: Record) -> float:
-    """Validation loss at the end of a trial; infinite where it is not finite, or the trial did not come to its end."""
+    """Validation loss by which a trial wins; infinite where it is not finite, or the trial has not come to an end.
+
+    One whose budget paid for no step is at the end of nothing.
+    """
     loss = record["val_loss"]
     return float(loss) if record["status"] == "done" and loss is not None and math.isfinite(loss) else math.inf

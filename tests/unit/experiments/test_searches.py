@@ -301,7 +301,8 @@ def test_what_its_part_does_not_pay_for_is_drawn_again(tmp_path):
     result = do(tmp_path, job)
     sizes = [trial["values"]["batch_size"] for trial in trials_of(tmp_path, job)]
     is_idle = [trial["optimizer_step"] == 0 for trial in trials_of(tmp_path, job)]
-    assert is_idle == [size > 320 for size in sizes]
+    assert is_idle == [size > 320 for size in sizes] == [t["status"] == "idle" for t in trials_of(tmp_path, job)]
+    assert not is_idle[result["search"]["winner"]]
     assert 0 < sum(is_idle) <= 6
     assert len(sizes) - sum(is_idle) == 6
     first = next(trial for trial in trials_of(tmp_path, job) if trial["optimizer_step"] > 0)
