@@ -14,11 +14,13 @@ from trimtab.experiments.stats import BETTER, MIN_SEEDS, NO_DIFFERENCE, TOO_FEW,
 
 __all__ = ["recommendations", "sentences"]
 
-_CANDIDATES = ("baseline", "learned", "rule")  # a placebo or a twin is a control, not something to use
+# A placebo or a twin is a control, not something to use; and a search is no configuration.
+_CANDIDATES = ("baseline", "learned", "rule")
 _NAMES = {
     "tuned": "the tuned schedule",
     "placebo": "its placebo",
     "yoked": "its yoked twin",
+    "search": "the search",
     "user": "your configuration",
 }
 
@@ -57,7 +59,7 @@ def _of_task(task: str, rows: Sequence[Mapping[str, Any]], results: Mapping[str,
             f"{task}: {words.count(most, 'seed')} at most, {TOO_FEW}; the tables give values and ranges, "
             f"and intervals from {MIN_SEEDS} seeds on."
         )
-    best = [row for row in rows if row["kind"] in _CANDIDATES and row["n_seeds"] >= MIN_SEEDS]
+    best = [row for row in rows if row["kind"] in (*_CANDIDATES, "search") and row["n_seeds"] >= MIN_SEEDS]
     if best:
         first = min(best, key=lambda row: row["metrics"]["test_loss"]["mean"])
         loss = words.number(first["metrics"]["test_loss"]["mean"])

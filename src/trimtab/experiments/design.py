@@ -4,7 +4,8 @@ Called by trimtab.experiments.run and by the command line. A Study says everythi
 a study; trimtab.experiments.plan turns it into jobs. Nothing here imports torch, so that listing stays quick.
 
 Arms: a registered agent's name, or a mapping that gives an agent another id, base, options, rate, reward;
-`placebo:ARM` and `yoked:ARM` of any of them; and `tuned-ARM`, which the study's `tuning` produces.
+`placebo:ARM` and `yoked:ARM` of any of them; `tuned-ARM`, which the study's `tuning` produces; and searches, arms
+whose run is a number of trials.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from trimtab import registry
 from trimtab.errors import InputError, unknown_name
-from trimtab.experiments.schema import ArmSpec, StudyFile, parse_study
+from trimtab.experiments.schema import ArmSpec, SearchSpec, StudyFile, parse_study
 from trimtab.yaml_files import read_yaml
 
 __all__ = ["FLOPS", "STEPS", "Arm", "Study", "Tuning", "load_study", "study_names"]
@@ -31,6 +32,7 @@ _BASES = ("constant", "step", "exponential", "cosine", "wsd")
 # What goes to every job as it is in the file.
 _SETTINGS = ("total_steps", "every", "weight_decay", "optimizer", "device", "precision", "threads")
 _DERIVED = ("placebo", "yoked")
+_METHODS = ("grid", "random", "tpe", "pbt")
 # Knobs, and settings to start with, that change what an optimizer step costs.
 _DEAR = ("accumulation", "batch_size", "layers", "units")
 STEPS, FLOPS = "optimizer steps", "training FLOPs"  # what a study's budgets are in
@@ -43,17 +45,18 @@ class Arm:
     Attributes:
         id: Its name in the study.
         agent: Registered name of the agent; a yoked arm's is "replay".
-        kind: "baseline", "rule", "learned", "placebo" or "yoked".
+        kind: "baseline", "rule", "learned", "search", "placebo" or "yoked".
         of: The arm that a placebo or yoked arm belongs to.
         base: The schedule under the agent, which is what no change leaves; None is the agent's own.
         options: The agent's own options.
         lr: Initial rate by task; None leaves it to the task, or to the agent (default-cosine).
         reward: Registered name of the reward; None where nothing is rewarded or the agent's own holds.
         learn_runs: Runs that the arm learns on before each run that counts.
-        knobs: Names of the knobs that it moves.
-        knob_options: Knob -> its options.
+        knobs: Names of the knobs that it moves; of a search, what it looks for.
+        knob_options: Knob -> its options; of a search, the space.
         brain: Folder of the brain that it goes on from, or None.
         start: Settings of the loop that its runs begin with instead of the task's.
+        search: Method, trials, budget and the rest of `SearchSpec` but the space; None where the arm is no search.
     """
 
     id: str
@@ -69,11 +72,17 @@ class Arm:
     knob_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     brain: str | None = None
     start: Mapping[str, int] = field(default_factory=dict)
+    search: Mapping[str, Any] | None = None
 
     @property
     def changes_cost(self) -> bool:
         """Whether its optimizer steps may cost something else than the task's."""
         return any(name in _DEAR for name in (*self.knobs, *self.start))
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether its runs can begin with a rate that is given."""
+        return self.agent != "default-cosine" and not (self.search is not None and "lr" in self.knobs)
 
 
 @dataclass(frozen=True)
@@ -267,6 +276,8 @@ class _Resolver:
             self._unknown(spec, agent)
         if agent == "replay":
             raise InputError(f"arm {name!r}: 'replay' needs decisions to replay; use yoked:ARM")
+        if spec.search is not None:
+            return self._search_arm(spec, agent, spec.search)
         kind = spec.kind or _kind_of(agent)
         if kind == "baseline" and spec.base is not None:
             raise InputError(f"arm {name!r}: base is for arms that decide; a baseline is its own schedule")
@@ -297,6 +308,46 @@ class _Resolver:
             brain=self._brain(spec, kind),
             start=spec.start,
         )
+
+    def _search_arm(self, spec: ArmSpec, agent: str, search: SearchSpec) -> Arm:
+        """An arm whose run is a search; bounds and other options of its space are checked with the data."""
+        search = self._check_search(spec, agent, search)
+        rates = self._rates(spec, agent)
+        return Arm(
+            id=spec.id,
+            agent=agent,
+            kind="search",
+            of=None,
+            base=None,
+            options=spec.options,
+            lr=dict.fromkeys(rates) if "lr" in search.space else rates,
+            reward=None,
+            learn_runs=0,
+            knobs=tuple(search.space),
+            knob_options=search.space,
+            start=spec.start,
+            search=search.model_dump(exclude={"space"}, exclude_none=True),
+        )
+
+    def _check_search(self, spec: ArmSpec, agent: str, search: SearchSpec) -> SearchSpec:
+        """The search with the defaults of its method, after a check of what needs no knob."""
+        where = f"arm {spec.id!r}: search"
+        for key in ("kind", "base", "reward", "learn_runs", "knobs", "knob_options", "brain"):
+            if key in spec.model_fields_set:
+                raise InputError(f"{where}: {key} is for arms that decide while a run goes on; leave it out")
+        if agent not in _BASES:
+            raise InputError(f"{where}: the agent is {agent!r}; its trials train under a schedule: {', '.join(_BASES)}")
+        if search.method not in _METHODS:
+            raise unknown_name(f"search method of arm {spec.id!r}", search.method, _METHODS)
+        for name in search.space:
+            if name not in self._known_knobs:
+                raise unknown_name(f"knob in search.space of arm {spec.id!r}", name, self._known_knobs)
+        for name in spec.start:
+            if name in search.space:
+                raise InputError(f"{where}: {name} is in space and in start; leave one out")
+        if "lr" in search.space and spec.lr is not None:
+            raise InputError(f"{where}: lr is in space, and the arm has a rate of its own; leave one out")
+        return _with_defaults(search, where)
 
     def _brain(self, spec: ArmSpec, kind: str) -> str | None:
         if spec.brain is None:
@@ -346,6 +397,8 @@ class _Resolver:
         if rest == self._tuned_id:
             raise InputError(f"arm {name!r}: the tuned arm is an open-loop schedule and has no {prefix}")
         of = self._arm(rest)
+        if of.kind == "search":
+            raise InputError(f"arm {name!r}: {rest!r} is a search, which decides nothing in a run and has no {prefix}")
         agent, options = (of.agent, of.options) if prefix == "placebo" else ("replay", {})
         learn_runs = of.learn_runs if prefix == "placebo" else 0
         reward = of.reward if prefix == "placebo" else None
@@ -400,6 +453,19 @@ class _Resolver:
             raise InputError(f"{self._where}: tuning.lrs: a rate is there twice")
         tuned = replace(arm, id=f"tuned-{spec.arm}", lr=dict.fromkeys(arm.lr))
         return Tuning(arm=tuned, lrs=tuple(sorted(spec.lrs)), n_seeds=spec.n_seeds)
+
+
+def _with_defaults(search: SearchSpec, where: str) -> SearchSpec:
+    """The search with what its method takes where nothing is given, and nothing that belongs to another."""
+    if search.method != "grid" and search.trials is None:
+        raise InputError(f"{where}: trials is missing; {search.method} needs their number")
+    for key, method, default in (("points", "grid", 3), ("interval", "pbt", 0.1)):
+        given = getattr(search, key)
+        if given is not None and search.method != method:
+            raise InputError(f"{where}: {key} is for {method}, the method is {search.method}; leave it out")
+        if given is None and search.method == method:
+            search = search.model_copy(update={key: default})
+    return search
 
 
 def _kind_of(agent: str) -> str:

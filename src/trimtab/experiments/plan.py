@@ -34,7 +34,7 @@ class Job:
     `seed` numbers the run within its study, from 0; the run's generators come from it and `root_seed`.
     `initial_lr`, `total_steps`, `every`, `weight_decay` and `optimizer` are the task's own where they are
     None; `start` has settings of the loop instead of its own. `replay_from` is the folder of the run whose
-    decisions a yoked run replays.
+    decisions a yoked run replays. `search` makes it a whole search, of the knobs in `knobs`.
     """
 
     study: str
@@ -66,6 +66,7 @@ class Job:
     precision: str
     threads: int
     directory: str
+    search: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict of JSON types."""
@@ -196,8 +197,8 @@ def _sensitivity_jobs(study: Study) -> list[Job]:
     jobs = []
     for task in _main_tasks(study):
         for arm in study.arms:
-            if arm.kind in ("placebo", "yoked") or arm.agent == "default-cosine":
-                continue  # the controls are about the main rate, and default-cosine brings its own
+            if arm.kind in ("placebo", "yoked") or not arm.has_rate:
+                continue  # the controls are about the main rate; default-cosine and most searches bring their own
             rates = [rate for rate in study.sensitivity_lrs if rate != arm.lr[task]]
             jobs += [
                 _job(study, arm, task, "sensitivity", seed, rate)
@@ -239,6 +240,7 @@ def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | No
         knob_options=dict(arm.knob_options),
         brain=arm.brain,
         start=dict(arm.start),
+        search=None if arm.search is None else dict(arm.search),
         placebo=arm.kind == "placebo",
         replay_from=None,
         directory=f"runs/{task}/{arm.id}/{role}/lr-{rate}/seed-{seed}",
@@ -249,7 +251,7 @@ def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | No
 def _arm_json(arm: Arm) -> dict[str, Any]:
     data = {**asdict(arm), "options": dict(arm.options), "lr": dict(arm.lr), "knobs": list(arm.knobs)}
     # What was added later is left out where it is not used, so that studies begun before can go on.
-    return {key: value for key, value in data.items() if key not in ("start", "knob_options") or value}
+    return {key: value for key, value in data.items() if key not in ("start", "knob_options", "search") or value}
 
 
 def _as_asked(key: str, value: Any) -> Any:

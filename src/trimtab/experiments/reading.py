@@ -29,11 +29,12 @@ class Arm:
     Attributes:
         id: Its name in the study.
         agent: Registered name of what decides.
-        kind: "baseline", "learned", "rule", "placebo" or "yoked".
+        kind: "baseline", "learned", "rule", "search", "placebo" or "yoked".
         of: The arm it is the placebo or the twin of.
         base: The schedule under it.
         options: Of the agent.
         lr: Task -> initial rate; None where the task or the agent brings its own, which the runs then name.
+        chooses_rate: Whether it begins with rates of its own, so that it was not run from others.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Arm:
     base: str | None
     options: Mapping[str, Any]
     lr: Mapping[str, float | None]
+    chooses_rate: bool = False
 
     @property
     def decides(self) -> bool:
@@ -193,6 +195,8 @@ def _arms(plan: Any, out: Path) -> tuple[Arm, ...]:
                 base=row.get("base"),
                 options=dict(row.get("options") or {}),
                 lr=dict(row.get("lr") or {}),
+                chooses_rate=row.get("agent") == "default-cosine"
+                or (row["kind"] == "search" and "lr" in (row.get("knobs") or ())),
             )
             for row in plan["arms"]
         )
@@ -291,7 +295,7 @@ def _planned(
         if tuning:
             planned["tuning", str(tuning.get("arm")), task] = len(tuning["lrs"]) * int(tuning["n_seeds"])
         for arm in arms:
-            has_rate = arm.kind not in ("placebo", "yoked") and arm.agent != "default-cosine"
+            has_rate = arm.kind not in ("placebo", "yoked") and not arm.chooses_rate
             if has_rate and arm.id != tuning.get("arm"):
                 rates = [rate for rate in plan.get("sensitivity_lrs") or [] if rate != arm.lr.get(task)]
                 planned["sensitivity", arm.id, task] = len(rates) * n_sensitivity

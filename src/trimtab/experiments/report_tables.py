@@ -24,6 +24,7 @@ _MEANINGS = {
     "default-cosine": "the default rate with cosine",
     "rule": "a rule that learns nothing",
     "same schedule and rate": "its base schedule at the same rate",
+    "search": "a search",
 }
 
 Row = Mapping[str, Any]
@@ -45,7 +46,7 @@ def plan_table(arms: Sequence[Mapping[str, Any]], tasks: Sequence[str], rates: M
         rows.append(
             [
                 str(arm["id"]),
-                str(arm["kind"]) + (f" of {arm['of']}" if arm.get("of") else ""),
+                _kind(arm),
                 str(arm.get("agent") or arm["id"]),
                 str(arm.get("base") or "–"),
                 options or "–",
@@ -55,7 +56,11 @@ def plan_table(arms: Sequence[Mapping[str, Any]], tasks: Sequence[str], rates: M
         )
     columns = ["arm", "kind", "agent", "base schedule", "options", *(["knobs"] if names_knobs else [])]
     columns += [f"initial rate, {task}" for task in tasks]
-    return Table("Arms. A dash under the rates: not known before a run of the arm has begun.", columns, rows)
+    return Table(
+        "Arms. A dash under the rates: chosen by a search, or not known before a run of the arm has begun.",
+        columns,
+        rows,
+    )
 
 
 def result_tables(rows: Sequence[Row], threshold: Mapping[str, Any]) -> list[Table]:
@@ -66,9 +71,19 @@ def result_tables(rows: Sequence[Row], threshold: Mapping[str, Any]) -> list[Tab
         threshold: The task's entry of "thresholds".
     """
     tables = [_outcome(rows), _differences(rows), _budget(rows), _trainer(rows)]
-    tables += [_speed(rows, threshold), _control(rows)]
+    tables += [_speed(rows, threshold), _control(rows), _searches(rows)]
     tables += [table for table in (_sensitivity(rows),) if table is not None]
     return [table for table in tables if table.rows]
+
+
+def _kind(arm: Row) -> str:
+    """A kind, and of what; of a search how it searches, as in `search (random, 10 trials, budget shared)`."""
+    text = str(arm["kind"]) + (f" of {arm['of']}" if arm.get("of") else "")
+    search = arm.get("search")
+    if not search:
+        return text
+    parts = [search["method"], *([words.count(search["trials"], "trial")] if search.get("trials") else [])]
+    return f"{text} ({', '.join([*parts, 'budget ' + search['budget']])})"
 
 
 def _knob(name: str, arm: Row) -> str:
@@ -215,6 +230,42 @@ def _control(rows: Sequence[Row]) -> Table:
          "pays back after", "because"],
         table,
     )  # fmt: skip
+
+
+def _searches(rows: Sequence[Row]) -> Table:
+    """What searches found, a line for each seed."""
+    table = []
+    for row in rows:
+        found = row.get("search") or {"seeds": []}
+        for place, seed in enumerate(found["seeds"]):
+            values, trials = found["values"][place], found["trials"][place]
+            aside = [(found["pruned"][place], "stopped"), (found["idle"][place], "without a step")]
+            table.append(
+                [
+                    row["id"],
+                    words.cost(row["cost"]),
+                    str(seed),
+                    "–" if trials is None else ", ".join([f"{trials}", *(f"{n} {what}" for n, what in aside if n)]),
+                    ", ".join(f"{name} {_value(value)}" for name, value in (values or {}).items()) or "–",
+                    _of_seed(row["metrics"]["final_val_loss"], row["seeds"], seed),
+                    _of_seed(found["one_run_val_loss"], found["seeds"], seed),
+                ]
+            )
+    return Table(
+        "Searches, seed by seed. The winner is the trial with the lowest validation loss at its end; it alone is read "
+        "on test. One run: the first trial, with values drawn at random and, of a shared "
+        "budget, its share.",
+        ["arm", _COST, "seed", "trials", "values of the winner", "final validation loss", "that of one run"],
+        table,
+    )
+
+
+def _of_seed(entry: Row, seeds: Sequence[int], seed: int) -> str:
+    return words.number(entry["values"][list(seeds).index(seed)])
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _sensitivity(rows: Sequence[Row]) -> Table | None:

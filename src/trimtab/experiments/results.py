@@ -20,6 +20,7 @@ __all__ = ["collect", "collect_study"]
 
 _MAIN = "test_loss"
 _SECOND = "best_val_loss"
+_IDLE = {"baseline": "it decides nothing", "search": "it is a search"}  # why nothing is paid back
 
 
 def collect(out: Path) -> dict[str, Any]:
@@ -102,6 +103,7 @@ def _row(study: StudyFolder, arm: Arm, task: str, role: str, threshold: Mapping[
         "metrics": table,
         "differences": differences,
         "cost": _cost(study, arm, task, own, differences),
+        "search": _search(own) if arm.kind == "search" else None,
         "stability": metrics.stability(own),
         "sensitivity": metrics.sensitivity([*study.of(arm=arm.id, task=task, role="sensitivity"), *own])
         if role == "report"
@@ -168,6 +170,8 @@ def _references(study: StudyFolder, arm: Arm, task: str) -> dict[str, list[str]]
                 add(other.id, other.agent)
             elif other.kind == "rule" and arm.kind == "learned":
                 add(other.id, "rule")
+            elif other.kind == "search":
+                add(other.id, "search")
             elif other.kind == "baseline" and other.agent == arm.base and _same_rate(study, other, arm, task):
                 add(other.id, "same schedule and rate")
     if arm.kind not in ("placebo", "yoked"):
@@ -211,16 +215,40 @@ def _cost(
     uses, why = (
         metrics.uses_to_pay_back(*paid, "FLOPs" if study.budget == FLOPS else "steps")
         if arm.decides
-        else (None, "it decides nothing" if arm.kind == "baseline" else "it is a control")
+        else (None, _IDLE.get(arm.kind, "it is a control"))
     )
     return {
         "learning_runs": max((int(entry.get("runs") or 0) for entry in learning), default=0),
         "learning_optimizer_steps": learning_steps,
         "tuning_runs": len(tuning) if is_tuned else 0,
         "tuning_optimizer_steps": tuning_steps if is_tuned else 0,
+        "search_trials": max((int(_found(run).get("trials") or 0) for run in runs), default=0),
+        "search_flops": max((int(run.metrics.get("flops") or 0) for run in runs if _found(run)), default=0),
         "uses_to_pay_back": uses,
         "uses_to_pay_back_why": why,
     }
+
+
+def _search(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the searches of an arm found, run by run; what one run gives is the first trial of each."""
+    found = [_found(run) for run in runs]
+    first = [entry.get("one_run") or {} for entry in found]
+    return {
+        "method": next((entry["method"] for entry in found if entry), None),
+        "seeds": [run.seed for run in runs],
+        "trials": [entry.get("trials") for entry in found],
+        "pruned": [entry.get("pruned") for entry in found],
+        "idle": [entry.get("idle") for entry in found],
+        "values": [entry.get("values") for entry in found],
+        "one_run_val_loss": summarize([entry.get("final_val_loss") for entry in first]).to_json(),
+        "one_run_flops": summarize([entry.get("flops") for entry in first]).to_json(),
+    }
+
+
+def _found(run: Run) -> Mapping[str, Any]:
+    """What a run that is a search says of itself; empty for all others."""
+    entry: Mapping[str, Any] = run.result.get("search") or {}
+    return entry
 
 
 def _threshold(study: StudyFolder, task: str, role: str = "report") -> dict[str, Any]:

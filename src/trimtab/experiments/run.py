@@ -29,6 +29,7 @@ __all__ = ["Outcome", "run", "run_study"]
 # What does one job, and what checks one without running it.
 RUN_ONE = "trimtab.experiments.single:run_one"
 CHECK_JOB = "trimtab.experiments.single:check_job"
+CHECK_SEARCHES = "trimtab.experiments.searches:check_searches"
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,9 @@ def _check_jobs(study: Study, unfinished: Iterable[Job], data_dir: Path | None, 
     check = _resolve(CHECK_JOB)
     for job in first.values():
         check(job.to_json())
+    found = [job.to_json() for job in first.values() if job.search is not None]
+    if found:
+        _resolve(CHECK_SEARCHES)(found, None if data_dir is None else str(data_dir))
 
 
 def _load(study: Study, task: str, data_dir: Path | None) -> None:

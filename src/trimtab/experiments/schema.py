@@ -12,9 +12,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from trimtab.errors import unknown_name
-from trimtab.yaml_files import Count, Natural, NotNegative, Options, Positive, Strict, Text, check, positive
+from trimtab.yaml_files import (
+    Count,
+    Natural,
+    NotNegative,
+    Options,
+    Positive,
+    Strict,
+    Text,
+    check,
+    number,
+    positive,
+    whole,
+)
 
-__all__ = ["SCALES", "ArmSpec", "Rate", "StudyFile", "TuningSpec", "parse_study"]
+__all__ = ["SCALES", "ArmSpec", "Rate", "SearchSpec", "StudyFile", "TuningSpec", "parse_study"]
 
 SCALES = ("smoke", "small", "full")
 # What an arm may begin with instead of the task's own.
@@ -52,18 +64,59 @@ def _arm(value: Any) -> Any:
 def _start(value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"got {reprlib.repr(value)}, expected a mapping such as {{batch_size: 64}}")
-    for key, number in value.items():
+    for key, size in value.items():
         if key not in START:
             raise ValueError(f"got {key!r}, expected settings of the loop: {', '.join(START)}")
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"got {key}: {reprlib.repr(number)}, expected a whole number of at least 1")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"got {key}: {reprlib.repr(size)}, expected a whole number of at least 1")
     return value
+
+
+def _interval(value: Any) -> float:
+    share = number(value)
+    if not 0 < share <= 0.5:
+        raise ValueError(f"got {value}, expected a share of a member's budget above 0 and up to 0.5")
+    return share
+
+
+def _space(value: Any) -> Any:
+    """Bounds as numbers: PyYAML reads `1e-5` as a string."""
+    if not isinstance(value, dict):
+        raise ValueError(f"got {reprlib.repr(value)}, expected a mapping such as {{lr: {{low: 1.0e-5, high: 0.1}}}}")
+    space = {}
+    for name, options in value.items():
+        if not isinstance(options, dict):
+            raise ValueError(f"got {name}: {reprlib.repr(options)}, expected options of the knob, {{}} for its own")
+        space[name] = {key: number(item) if key in ("low", "high") else item for key, item in options.items()}
+    return space
 
 
 Rate = float | dict[str, Any] | str
 _Rate = Annotated[Any, BeforeValidator(_rate)]
 _Every = Annotated[Any, BeforeValidator(_every)]
 _Start = Annotated[dict[str, int], BeforeValidator(_start)]
+
+
+class SearchSpec(Strict):
+    """A search for hyperparameters, which makes an arm of many trials; docs/searches.md says how each method works.
+
+    Attributes:
+        method: "grid", "random", "tpe" or "pbt".
+        space: Knob -> its options (`low`, `high`, `choices`, ...); what is not given is the knob's own.
+        trials: How many; of pbt the members of the population. A grid has as many as it has points.
+        budget: "shared": all trials together get the budget of one run. "each": every trial gets it.
+        points: Of a grid, values of each parameter; 3 where it is not given.
+        interval: Of pbt, share of a member's budget between two rounds of copying; 0.1 where it is not given.
+        masks: Whether what a task's network has not is left out of the space there, instead of refused.
+    """
+
+    method: Text
+    space: Annotated[dict[Text, Options], Field(min_length=1), BeforeValidator(_space)]
+    trials: Count | None = None
+    budget: Literal["shared", "each"] = "shared"
+    points: Annotated[int, whole(2)] | None = None
+    interval: Annotated[float, BeforeValidator(_interval)] | None = None
+    masks: Annotated[bool, Field(strict=True)] = False
 
 
 class ArmSpec(Strict):
@@ -74,6 +127,7 @@ class ArmSpec(Strict):
     `{units: {high: 128, noise: 0.01}}`. `brain` is the folder of one saved before, from
     which a learned arm goes on; it brings the agent's options. `start` has settings of the loop that a run of the arm
     begins with instead of the task's, and keeps where no knob moves them: `{batch_size: 128, accumulation: 4}`.
+    `search` makes the arm a search, whose trials train under the schedule that `agent` names.
     """
 
     id: Annotated[str, Field(pattern=rf"^((placebo|yoked):)?{_NAME}$")]
@@ -88,6 +142,7 @@ class ArmSpec(Strict):
     knob_options: dict[Text, Options] = Field(default_factory=dict)
     brain: Text | None = None
     start: _Start = Field(default_factory=dict)
+    search: SearchSpec | None = None
 
 
 class TuningSpec(Strict):

@@ -6,11 +6,9 @@ killed and resumed writes the same files as one that was not, but for times.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,23 @@ from typing import Any
 import torch
 
 import trimtab
-from trimtab import registry
 from trimtab.agents.base import Agent, Base, Timing
 from trimtab.agents.scripted import Replay
 from trimtab.brain import Brain
 from trimtab.controller import Controller
 from trimtab.errors import InputError
+from trimtab.experiments.jobs import (
+    Job,
+    Progress,
+    begin_with,
+    cosine_of,
+    find_device,
+    inference_speed,
+    load_data,
+    make_task,
+)
 from trimtab.safety import Safety
-from trimtab.seeding import derive_seed, torch_generator
+from trimtab.seeding import derive_seed
 from trimtab.spec import ControlSpec, make_agent
 from trimtab.storage import RunDirectory, append_lines, read_lines
 from trimtab.tasks.base import Data, Task
@@ -35,13 +42,8 @@ __all__ = ["check_job", "run_one"]
 
 # Losing more than this to a kill would be noticed; a checkpoint of the small GPT takes about 50 ms.
 CHECKPOINT_EVERY_S = 15.0
-# New tokens by which the speed of inference is measured; the write-up that asks for it samples whole texts.
-INFERENCE_TOKENS = 64
 # Rules about who gets the guard: a placebo must equal its base to the bit, and a baseline is what everybody uses.
 _GUARDED = ("learned", "rule", "yoked")
-
-Job = Mapping[str, Any]
-Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -60,9 +62,11 @@ def check_job(job: Job) -> None:
         InputError: Something does not; the message names the arm.
     """
     try:
-        task = _make_task(job)
+        task = make_task(job)
         if job["kind"] == "yoked":
             return  # it replays what its partner, checked as an arm of its own, will have decided
+        if job.get("search") is not None:
+            return  # trimtab.experiments.searches.check_search looks at it, with the data
         spec = _make_spec(job, task, _make_agent(job, task))
         spec.make_knobs()
     except InputError as error:
@@ -85,8 +89,12 @@ def run_one(job: Job, out: str, data_dir: str | None, progress: Progress) -> dic
     if folder.is_done():
         result: dict[str, Any] = _read_result(folder)
         return result
+    if job.get("search") is not None:
+        from trimtab.experiments.searches import run_search
+
+        return run_search(job, folder, data_dir, progress)
     logging.getLogger("trimtab").setLevel(logging.ERROR)  # roll-backs are in the records; here they only tear the bar
-    data = _load_data(job["task"], job["scale"], data_dir)
+    data = load_data(job["task"], job["scale"], data_dir)
     run = _Run(job, Path(out), data, folder)
     while not run.is_over:
         run.interval()
@@ -103,34 +111,10 @@ def _read_result(folder: RunDirectory) -> dict[str, Any]:
     return data
 
 
-@functools.lru_cache(maxsize=4)
-def _load_data(task: str, scale: str, data_dir: str | None) -> Data:
-    data: Data = registry.load("task", task)(scale).load(None if data_dir is None else Path(data_dir))
-    return data
-
-
-def _make_task(job: Job) -> Task:
-    task: Task = registry.load("task", job["task"])(job["scale"])
-    changes: dict[str, Any] = {}
-    if job["total_steps"] is not None:
-        changes["total_steps"] = job["total_steps"]
-        # The warm-up keeps its share of the budget.
-        changes["warmup_steps"] = round(task.warmup_steps * job["total_steps"] / task.total_steps)
-    for key, name in (("initial_lr", "lr"), ("weight_decay", "weight_decay"), ("optimizer", "optimizer")):
-        if job[key] is not None:
-            changes[name] = job[key]
-    return task.replace(**changes)
-
-
-def _cosine_of(task: Task, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a cosine: the task's own warm-up and final rate, where the study does not say otherwise."""
-    return {"warmup_steps": task.warmup_steps, "min_factor": task.min_lr_factor, **given}
-
-
 def _make_agent(job: Job, task: Task) -> Agent:
     options = dict(job["options"])
     if job["agent"] in ("cosine", "default-cosine"):
-        options = _cosine_of(task, options)
+        options = cosine_of(task, options)
     seed = derive_seed(job["root_seed"], "exploration", job["task"], job["seed"])
     if job["brain"] is not None:
         agent = Brain.load(job["brain"]).agent
@@ -157,7 +141,7 @@ def _make_spec(job: Job, task: Task, agent: Agent) -> ControlSpec:
     elif job["base"] is not None:
         own = agent.needs.base
         options = dict(own.options) if own.name == job["base"] else {}
-        changes["base"] = Base(job["base"], _cosine_of(task, options) if job["base"] == "cosine" else options)
+        changes["base"] = Base(job["base"], cosine_of(task, options) if job["base"] == "cosine" else options)
     if job["every"] is not None:
         changes["timing"] = Timing(every=job["every"])
     elif agent.needs.timing.every is not None and "every" not in job["options"]:
@@ -191,7 +175,7 @@ class _Run:
 
     def __init__(self, job: Job, out: Path, data: Data, folder: RunDirectory) -> None:
         self.job = job
-        self.task = _make_task(job)
+        self.task = make_task(job)
         self.folder = folder
         if job["kind"] == "yoked":
             agent, spec, start = _replay(job, out)
@@ -221,10 +205,10 @@ class _Run:
             self.task,
             data,
             seed=derive_seed(job["root_seed"], "run", job["task"], seed),
-            device=_device(job["device"]),
+            device=find_device(job["device"]),
             precision=job["precision"],
         )
-        self._begin_with(loop, job["start"])
+        begin_with(loop, job["start"], job["arm"])
         controller = Controller(
             agent,
             optimizer=loop.optimizer,
@@ -236,14 +220,6 @@ class _Run:
             mode="placebo" if job["placebo"] else "learn",
         )
         return loop, controller
-
-    def _begin_with(self, loop: TrainingLoop, start: Mapping[str, int]) -> None:
-        """Settings of the arm instead of the task's; the budget stays the task's."""
-        try:
-            loop.resize(start.get("batch_size", loop.batch_size))
-        except InputError as error:
-            raise InputError(f"start of arm {self.job['arm']!r}: {error}") from error
-        loop.accumulation = start.get("accumulation", loop.accumulation)
 
     def _learn_before(self, agent: Agent, spec: ControlSpec, data: Data) -> None:
         """What the agent learns from before the run that counts: whole runs under seeds that nothing reports."""
@@ -387,7 +363,7 @@ class _Run:
                 "eval_runtime": eval_runtime,
                 "eval_samples_per_second": val["n_samples"] / eval_runtime,
                 "eval_steps_per_second": val["n_batches"] / eval_runtime,
-                "avg_inference_tokens_per_second": self._inference_speed(),
+                "avg_inference_tokens_per_second": inference_speed(loop),
             },
             "n_decisions": len(controller.decisions),
             "n_interventions": sum(decision.setting != before for decision, before in _with_settings(controller)),
@@ -415,18 +391,6 @@ class _Run:
         }
         Brain(self.controller.agent, self.controller.spec, provenance).save(self.folder.path / "brain")
 
-    def _inference_speed(self) -> float | None:
-        """Tokens a second when one text is continued, token by token; None for tasks without text."""
-        generate = getattr(self.loop.model, "generate", None)
-        if generate is None:
-            return None
-        device = self.loop.device
-        generator = torch.Generator(device).manual_seed(torch_generator(0, "inference").initial_seed())
-        prompt = torch.zeros((1, 1), dtype=torch.int64, device=device)
-        started = time.perf_counter()
-        generate(prompt, INFERENCE_TOKENS, generator=generator).tolist()
-        return INFERENCE_TOKENS / (time.perf_counter() - started)
-
 
 def _with_settings(controller: Controller) -> list[tuple[Any, float]]:
     """Each decision beside the setting before it."""
@@ -441,9 +405,3 @@ def _with_settings(controller: Controller) -> list[tuple[Any, float]]:
 def _in_steps(timing: Timing, loop: TrainingLoop) -> Timing:
     """Epochs as optimizer steps: the loop has no loader that could be asked."""
     return timing if timing.every != "epoch" else replace(timing, every=loop.steps_per_epoch)
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -81,7 +81,7 @@ def difference(entry: Mapping[str, Any]) -> str:
 
 
 def cost(entry: Mapping[str, Any]) -> str:
-    """What an arm cost before it was used."""
+    """What an arm cost before it was used, and what a search costs each time."""
     parts = []
     if entry["learning_runs"] or entry["learning_optimizer_steps"]:
         runs, steps = entry["learning_runs"], entry["learning_optimizer_steps"]
@@ -89,4 +89,7 @@ def cost(entry: Mapping[str, Any]) -> str:
     if entry["tuning_runs"]:
         runs, steps = entry["tuning_runs"], entry["tuning_optimizer_steps"]
         parts.append(f"tuned in {count(runs, 'run')}, {count(steps, 'step')}")
+    if entry["search_trials"]:
+        trials, flops = entry["search_trials"], entry["search_flops"]
+        parts.append(f"searched in {count(trials, 'trial')}, {number(flops / 1e9)} GFLOPs in all")
     return "; ".join(parts) or "none"
