@@ -52,6 +52,8 @@ class Arm:
         lr: Initial rate by task; None leaves it to the task, or to the agent (default-cosine).
         reward: Registered name of the reward; None where nothing is rewarded or the agent's own holds.
         learn_runs: Runs that the arm learns on before each run that counts.
+        learn_tasks: Tasks of these runs, in turn; empty for that of the run that counts.
+        experience: Folder of transitions that it learns from before, or None.
         knobs: Names of the knobs that it moves; of a search, what it looks for.
         knob_options: Knob -> its options; of a search, the space.
         brain: Folder of the brain that it goes on from, or None.
@@ -73,6 +75,8 @@ class Arm:
     brain: str | None = None
     start: Mapping[str, int] = field(default_factory=dict)
     search: Mapping[str, Any] | None = None
+    learn_tasks: tuple[str, ...] = ()
+    experience: str | None = None
 
     @property
     def changes_cost(self) -> bool:
@@ -283,8 +287,10 @@ class _Resolver:
             raise InputError(f"arm {name!r}: base is for arms that decide; a baseline is its own schedule")
         if spec.base is not None and spec.base not in _BASES:
             raise unknown_name(f"base of arm {name!r}", spec.base, _BASES)
-        if kind != "learned" and (spec.reward is not None or spec.learn_runs):
-            raise InputError(f"arm {name!r}: reward and learn_runs are for learned arms; this is a {kind}")
+        if kind != "learned" and (spec.reward is not None or spec.learn_runs or spec.learn_tasks or spec.experience):
+            raise InputError(
+                f"arm {name!r}: reward, learn_runs, learn_tasks and experience are for learned arms; this is a {kind}"
+            )
         is_taught = registry.entries("agent")[agent].needs_brain
         if is_taught and (spec.brain is None or spec.learn_runs):
             raise InputError(
@@ -307,7 +313,21 @@ class _Resolver:
             knob_options=self._knob_options(spec, kind),
             brain=self._brain(spec, kind),
             start=spec.start,
+            learn_tasks=self._learn_tasks(spec, kind),
+            experience=None if spec.experience is None else str(Path(spec.experience).expanduser().resolve()),
         )
+
+    def _learn_tasks(self, spec: ArmSpec, kind: str) -> tuple[str, ...]:
+        known = registry.names("task")
+        for name in spec.learn_tasks:
+            if name not in known:
+                raise unknown_name(f"task in learn_tasks of arm {spec.id!r}", name, known)
+        runs = self._file.learn_runs if spec.learn_runs is None else spec.learn_runs
+        if kind == "learned" and spec.learn_tasks and not runs:
+            raise InputError(
+                f"arm {spec.id!r}: learn_tasks without learn_runs, their number; give it, or leave them out"
+            )
+        return spec.learn_tasks
 
     def _search_arm(self, spec: ArmSpec, agent: str, search: SearchSpec) -> Arm:
         """An arm whose run is a search; bounds and other options of its space are checked with the data."""
@@ -401,6 +421,8 @@ class _Resolver:
             raise InputError(f"arm {name!r}: {rest!r} is a search, which decides nothing in a run and has no {prefix}")
         agent, options = (of.agent, of.options) if prefix == "placebo" else ("replay", {})
         learn_runs = of.learn_runs if prefix == "placebo" else 0
+        learn_tasks = of.learn_tasks if prefix == "placebo" else ()
+        experience = of.experience if prefix == "placebo" else None
         reward = of.reward if prefix == "placebo" else None
         return replace(
             of,
@@ -410,6 +432,8 @@ class _Resolver:
             agent=agent,
             options=options,
             learn_runs=learn_runs,
+            learn_tasks=learn_tasks,
+            experience=experience,
             reward=reward,
         )
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.agents.base import keep_actions
+from trimtab.agents.base import Agent, keep_actions
+from trimtab.errors import InputError
 from trimtab.experience import ExperienceStore, Transitions
 from trimtab.spec import ControlSpec
 from trimtab.storage import RunDirectory, read_lines
 
-__all__ = ["FOLDER", "run_id_of", "store_run", "transitions_of"]
+__all__ = ["FOLDER", "check_experience", "read_experience", "run_id_of", "store_run", "transitions_of"]
 
 FOLDER = "experience"  # below the study's
 
@@ -68,6 +69,37 @@ def transitions_of(folder: RunDirectory) -> Transitions:
         np.array(then, dtype=np.float64).reshape(-1, width),
         np.array(ends, dtype=np.bool_),
     )
+
+
+def read_experience(job: Mapping[str, Any], spec: ControlSpec, out: Path) -> Transitions:
+    """Transitions of earlier runs that fit a job's spec.
+
+    Raises:
+        InputError: The folder is the study's own, which fills while it is read.
+    """
+    folder = Path(job["experience"])
+    if folder.resolve() == (out / FOLDER).resolve():
+        raise InputError(
+            f"arm {job['arm']!r}: experience {folder} is the study's own, and what lies there depends on which run "
+            "ends first; give that of an earlier study"
+        )
+    return ExperienceStore(folder).read(spec.fingerprint)
+
+
+def check_experience(job: Mapping[str, Any], spec: ControlSpec, agent: Agent) -> None:
+    """Check, before anything is trained, that a job's agent can learn from the experience that it names.
+
+    Raises:
+        InputError: There is none that fits, or the agent learns from what it does itself alone.
+    """
+    folder = Path(job["experience"])
+    if type(agent).learn_from_earlier is Agent.learn_from_earlier:
+        raise InputError(f"agent {agent.name!r} does not learn from earlier runs' transitions; leave experience out")
+    if not ExperienceStore(folder).files(spec.fingerprint):
+        raise InputError(
+            f"experience {folder} has no runs of the spec {spec.fingerprint} (knobs {', '.join(spec.knobs)}); see "
+            f"`trimtab list experience --dir {folder}`"
+        )
 
 
 def store_run(job: Mapping[str, Any], folder: RunDirectory, out: Path) -> None:

@@ -24,6 +24,8 @@ __all__ = ["Job", "choose_rate", "first_difference", "plan_jobs", "study_json", 
 # Selection seeds start here, so that no rate is chosen on a seed that it is reported on.
 TUNING_SEEDS_FROM = 1000
 # Keys of study.json that do not say what was asked for: filled in on the way, or words.
+# Keys of an arm that came later, which are left out where they are not used.
+_ADDED = ("start", "knob_options", "search", "learn_tasks", "experience")
 _NOT_ASKED = ("environment", "left_out", "idea", "schema", "budget")
 
 
@@ -67,10 +69,13 @@ class Job:
     threads: int
     directory: str
     search: Mapping[str, Any] | None = None
+    learn_tasks: tuple[str, ...] = ()
+    experience: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict of JSON types."""
-        return {**asdict(self), "knobs": list(self.knobs), "start": dict(self.start)}
+        lists = {"knobs": list(self.knobs), "learn_tasks": list(self.learn_tasks)}
+        return {**asdict(self), **lists, "start": dict(self.start)}
 
 
 def plan_jobs(study: Study) -> list[Job]:
@@ -241,6 +246,8 @@ def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | No
         brain=arm.brain,
         start=dict(arm.start),
         search=None if arm.search is None else dict(arm.search),
+        learn_tasks=arm.learn_tasks,
+        experience=arm.experience,
         placebo=arm.kind == "placebo",
         replay_from=None,
         directory=f"runs/{task}/{arm.id}/{role}/lr-{rate}/seed-{seed}",
@@ -249,9 +256,10 @@ def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | No
 
 
 def _arm_json(arm: Arm) -> dict[str, Any]:
-    data = {**asdict(arm), "options": dict(arm.options), "lr": dict(arm.lr), "knobs": list(arm.knobs)}
+    lists = {"knobs": list(arm.knobs), "learn_tasks": list(arm.learn_tasks)}
+    data = {**asdict(arm), "options": dict(arm.options), "lr": dict(arm.lr), **lists}
     # What was added later is left out where it is not used, so that studies begun before can go on.
-    return {key: value for key, value in data.items() if key not in ("start", "knob_options", "search") or value}
+    return {key: value for key, value in data.items() if key not in _ADDED or value}
 
 
 def _as_asked(key: str, value: Any) -> Any:

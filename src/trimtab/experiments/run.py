@@ -212,6 +212,7 @@ def _check_jobs(study: Study, unfinished: Iterable[Job], data_dir: Path | None, 
         return
     # A new study has loaded its optional and benchmark tasks already.
     known = set(study.tasks) if is_new else {job.task for job in first.values()}
+    known |= {name for job in first.values() for name in job.learn_tasks}
     for task in sorted(known):
         _load(study, task, data_dir)
     check = _resolve(CHECK_JOB)

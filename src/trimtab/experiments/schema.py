@@ -122,7 +122,10 @@ class SearchSpec(Strict):
 class ArmSpec(Strict):
     """An arm as written in a study file; a bare name stands for `{id: name}`.
 
-    `agent` is the arm's id where it is not given; `lr`, `reward` and `learn_runs` are the study's. `knobs` are what
+    `agent` is the arm's id where it is not given; `lr`, `reward` and `learn_runs` are the study's. `learn_tasks` are
+    what these runs train, in turn; the task of the run that counts where they are not given. `experience` is a folder
+    of transitions of earlier runs, such as OUT/experience of another study, from which the agent learns before.
+    `knobs` are what
     a learned arm moves together, `[lr]` where they are not given, and `knob_options` their bounds and other options:
     `{units: {high: 128, noise: 0.01}}`. `brain` is the folder of one saved before, from
     which a learned arm goes on; it brings the agent's options. `start` has settings of the loop that a run of the arm
@@ -138,6 +141,8 @@ class ArmSpec(Strict):
     lr: _Rate | None = None
     reward: Text | None = None
     learn_runs: Natural | None = None
+    learn_tasks: tuple[Text, ...] = ()
+    experience: Text | None = None
     knobs: tuple[Text, ...] | None = None
     knob_options: dict[Text, Options] = Field(default_factory=dict)
     brain: Text | None = None

@@ -329,7 +329,7 @@ def _result(plan: _Plan, folder: RunDirectory, records: Sequence[Record], choosi
         "n_interventions": 0,
         "n_rollbacks": 0,
         "test_reads": loop.test_reads,
-        "learning": {"runs": 0, "optimizer_steps": 0, "flops": 0},
+        "learning": {"transitions": 0, "runs": 0, "optimizer_steps": 0, "flops": 0},
         "notes": _notes(plan, records, test["loss"]),
         "brain": None,
         "search": {

@@ -21,6 +21,7 @@ from trimtab.agents.scripted import Replay
 from trimtab.brain import Brain
 from trimtab.controller import Controller
 from trimtab.errors import InputError
+from trimtab.experiments.experience import check_experience, read_experience, store_run
 from trimtab.experiments.jobs import (
     Job,
     Progress,
@@ -67,8 +68,11 @@ def check_job(job: Job) -> None:
             return  # it replays what its partner, checked as an arm of its own, will have decided
         if job.get("search") is not None:
             return  # trimtab.experiments.searches.check_search looks at it, with the data
-        spec = _make_spec(job, task, _make_agent(job, task))
+        agent = _make_agent(job, task)
+        spec = _make_spec(job, task, agent)
         spec.make_knobs()
+        if job.get("experience") is not None:
+            check_experience(job, spec, agent)
     except InputError as error:
         raise type(error)(f"arm {job['arm']!r} on {job['task']!r}: {error}") from error
 
@@ -94,12 +98,13 @@ def run_one(job: Job, out: str, data_dir: str | None, progress: Progress) -> dic
 
         return run_search(job, folder, data_dir, progress)
     logging.getLogger("trimtab").setLevel(logging.ERROR)  # roll-backs are in the records; here they only tear the bar
-    data = load_data(job["task"], job["scale"], data_dir)
-    run = _Run(job, Path(out), data, folder)
+    run = _Run(job, Path(out), data_dir, folder)
     while not run.is_over:
         run.interval()
         progress(run.news())
     result = run.result()
+    if job["kind"] == "learned":
+        store_run(job, folder, Path(out))
     folder.finish(result)
     return result
 
@@ -173,9 +178,10 @@ def _replay(job: Job, out: Path) -> tuple[Agent, ControlSpec, float]:
 class _Run:
     """One run under way."""
 
-    def __init__(self, job: Job, out: Path, data: Data, folder: RunDirectory) -> None:
+    def __init__(self, job: Job, out: Path, data_dir: str | None, folder: RunDirectory) -> None:
         self.job = job
         self.task = make_task(job)
+        data = load_data(job["task"], job["scale"], data_dir)
         self.folder = folder
         if job["kind"] == "yoked":
             agent, spec, start = _replay(job, out)
@@ -184,10 +190,11 @@ class _Run:
             agent = _make_agent(job, self.task)
             spec = _make_spec(job, self.task, agent)
         saved = folder.resume()
-        self.learning = {"runs": 0, "optimizer_steps": 0, "flops": 0}
+        self.learning = {"transitions": 0, "runs": 0, "optimizer_steps": 0, "flops": 0}
         if saved is None and not job["placebo"]:
-            self._learn_before(agent, spec, data)
-        self.loop, self.controller = self._make(agent, spec, data, job["seed"])
+            self._learn_from_earlier(agent, spec, out)
+            self._learn_before(agent, data_dir)
+        self.loop, self.controller = self._make(self.task, agent, spec, data, job["seed"])
         self.times = _Times()
         self.validation: dict[str, float] = {}
         if saved is None:
@@ -199,12 +206,14 @@ class _Run:
             self.learning = saved["learning"]
         self._last_checkpoint = time.monotonic()
 
-    def _make(self, agent: Agent, spec: ControlSpec, data: Data, seed: int) -> tuple[TrainingLoop, Controller]:
+    def _make(
+        self, task: Task, agent: Agent, spec: ControlSpec, data: Data, seed: int
+    ) -> tuple[TrainingLoop, Controller]:
         job = self.job
         loop = TrainingLoop(
-            self.task,
+            task,
             data,
-            seed=derive_seed(job["root_seed"], "run", job["task"], seed),
+            seed=derive_seed(job["root_seed"], "run", task.name, seed),
             device=find_device(job["device"]),
             precision=job["precision"],
         )
@@ -221,11 +230,29 @@ class _Run:
         )
         return loop, controller
 
-    def _learn_before(self, agent: Agent, spec: ControlSpec, data: Data) -> None:
+    def _learn_from_earlier(self, agent: Agent, spec: ControlSpec, out: Path) -> None:
+        """What the agent learns from first: transitions of earlier runs with its spec, of another study."""
+        if self.job.get("experience") is None:
+            return
+        transitions = read_experience(self.job, spec, out)
+        self.learning["transitions"] = len(transitions)
+        agent.learn_from_earlier(
+            transitions.observations,
+            transitions.actions,
+            transitions.rewards,
+            transitions.next_observations,
+            transitions.terminated,
+        )
+
+    def _learn_before(self, agent: Agent, data_dir: str | None) -> None:
         """What the agent learns from before the run that counts: whole runs under seeds that nothing reports."""
+        names = self.job.get("learn_tasks") or [self.job["task"]]
         for number in range(self.job["learn_runs"]):
+            job = {**self.job, "task": names[number % len(names)]}
+            task = make_task(job)
+            data = load_data(job["task"], job["scale"], data_dir)
             seed = derive_seed(self.job["root_seed"], "learning", self.job["seed"], number)
-            loop, controller = self._make(agent, spec, data, seed)
+            loop, controller = self._make(task, agent, _make_spec(job, task, agent), data, seed)
             self._validate(loop, controller)
             while not loop.is_over() and controller.status == "running":
                 loss = loop.step()

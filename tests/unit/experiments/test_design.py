@@ -228,7 +228,10 @@ def test_a_wrong_value_is_named_with_what_was_expected(tmp_path, change, text):
             "[{id: cosine, base: step}]",
             "arm 'cosine': base is for arms that decide; a baseline is its own schedule",
         ),
-        ("[{id: cosine, reward: improvement}]", "arm 'cosine': reward and learn_runs are for learned arms"),
+        (
+            "[{id: cosine, reward: improvement}]",
+            "arm 'cosine': reward, learn_runs, learn_tasks and experience are for learned arms",
+        ),
         (
             "[{id: cosine, knob_options: {lr: {high: 1}}}]",
             "arm 'cosine': knob_options are for learned arms; this is a baseline",

@@ -57,7 +57,7 @@ def test_a_job_is_json_and_says_everything(tmp_path):
         *("study", "arm", "agent", "kind", "of", "base", "options", "reward", "task", "scale", "role", "seed"),
         *("root_seed", "initial_lr", "total_steps", "every", "weight_decay", "optimizer", "learn_runs", "placebo"),
         *("replay_from", "device", "precision", "threads", "directory", "knobs", "brain", "start"),
-        *("knob_options", "search"),
+        *("knob_options", "search", "learn_tasks", "experience"),
     }
 
 
