@@ -232,7 +232,7 @@ def learn_command(
 def list_command(
     what: Annotated[str, typer.Argument(metavar="|".join(_LISTS), help="What to list.")],
     directory: Annotated[
-        Path | None, typer.Option("--dir", help="Folder of the experience; runs/experience if not given.")
+        Path | None, typer.Option("--dir", help="Folder of the experience; those of runs/* if not given.")
     ] = None,
 ) -> None:
     """List what has a name."""
@@ -241,7 +241,7 @@ def list_command(
         if what not in _LISTS:
             raise unknown_name("list", what, _LISTS)
         if what == "experience":
-            _print_experience(directory)
+            _print_experiences(directory)
             return 0
         if directory is not None:
             raise InputError(f"--dir is for `trimtab list experience`; leave it out to list {what}")
@@ -309,23 +309,33 @@ def _command_line(command: str, name: str, given: dict[str, Any]) -> str:
     return shlex.join([*words, "--resume"])
 
 
-def _print_experience(directory: Path | None) -> None:
-    """A table of what is stored, one row a spec; what cannot be read is named on the error output."""
-    from trimtab.experience import DEFAULT_FOLDER, ExperienceStore
+def _print_experiences(directory: Path | None) -> None:
+    """A table for each folder of experience: the one given, or runs/experience and those of the studies in runs."""
+    from trimtab.experience import DEFAULT_FOLDER
 
-    root = DEFAULT_FOLDER if directory is None else directory
+    runs = DEFAULT_FOLDER.parent
+    found = [DEFAULT_FOLDER, *sorted(runs.glob(f"*/{DEFAULT_FOLDER.name}"))]
+    roots = [root for root in found if root.exists()] if directory is None else [directory]
+    if sum([_print_experience(root) for root in roots]) == 0:
+        where = f"{DEFAULT_FOLDER} and {runs}/*/{DEFAULT_FOLDER.name}" if directory is None else str(directory)
+        text = (
+            f"no experience in {where}: runs of learned arms leave their transitions in OUT/{DEFAULT_FOLDER.name} of a "
+            "study, and trimtab.experience.ExperienceStore appends others; name another folder with --dir"
+        )
+        Console(highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+def _print_experience(root: Path) -> bool:
+    """A table of what is stored, one row a spec, if anything is; what cannot be read is named on the error output."""
+    from trimtab.experience import ExperienceStore
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rows = ExperienceStore(root).summary()
     for warning in caught:
         Console(stderr=True, highlight=False).print(f"trimtab: {warning.message}", markup=False, soft_wrap=True)
     if not rows:
-        text = (
-            f"no experience in {root}: runs append their transitions to such a folder through "
-            "trimtab.experience.ExperienceStore; name another with --dir"
-        )
-        Console(highlight=False).print(text, markup=False, soft_wrap=True)
-        return
+        return False
     n_runs, n_transitions = sum(row.runs for row in rows), sum(row.transitions for row in rows)
     title = Text(f"{root}: {_count(n_runs, 'run')}, {_count(n_transitions, 'transition')}")
     table = Table(title=title, title_justify="left")
@@ -348,6 +358,7 @@ def _print_experience(directory: Path | None) -> None:
         )
         table.add_row(*map(Text, cells))  # names are a file's: no markup in them
     _print_table(table)
+    return True
 
 
 def _count(number: int, what: str) -> str:

@@ -100,13 +100,13 @@ def store_runs(root):
 
 
 NONE_YET = (
-    "no experience in {}: runs append their transitions to such a folder through trimtab.experience.ExperienceStore; "
-    "name another with --dir\n"
+    "no experience in {}: runs of learned arms leave their transitions in OUT/experience of a study, and "
+    "trimtab.experience.ExperienceStore appends others; name another folder with --dir\n"
 )
 
 
 def test_a_list_of_experience_where_there_is_none(capsys, tiny):
-    default = os.path.join("runs", "experience")
+    default = "runs/experience and runs/*/experience"
     assert invoke(capsys, "list", "experience") == (0, NONE_YET.format(default), "")
     (tiny / "empty").mkdir()
     assert invoke(capsys, "list", "experience", "--dir", "empty") == (0, NONE_YET.format("empty"), "")
@@ -135,6 +135,12 @@ def test_a_list_of_experience_has_a_row_for_each_spec(capsys, tiny):
     ]
     titles = [title.strip() for title in lines[2].split("┃")[1:-1]]
     assert titles == ["fingerprint", "runs", "transitions", "knobs", "signals", "tasks", "mean reward sum of a run"]
+    store_runs(tiny / "runs" / "mine" / "experience")
+    code, out, err = invoke(capsys, "list", "experience")
+    assert [line.strip() for line in out.splitlines() if " runs, " in line] == [
+        "runs/experience: 3 runs, 6 transitions",
+        "runs/mine/experience: 3 runs, 6 transitions",
+    ]
     last.write_bytes(last.read_bytes()[:-1])
     code, out, err = invoke(capsys, "list", "experience", "--dir", "runs/experience")
     assert out.splitlines()[0].strip() == "runs/experience: 2 runs, 3 transitions"
