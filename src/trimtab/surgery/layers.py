@@ -12,6 +12,7 @@ is replaced, under its own name, by a `Deepened` that holds it, phi', the new la
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,18 @@ from trimtab.surgery.module_rules import CONVOLUTIONS, has_batch_norm_rule
 from trimtab.surgery.operation_rules import operation_name
 from trimtab.surgery.trace import evaluating
 
-__all__ = ["Block", "Deepened", "Removal", "block_at", "deepenings", "make_deepened", "removals", "set_module"]
+__all__ = [
+    "Block",
+    "Deepened",
+    "Head",
+    "Removal",
+    "block_at",
+    "deepenings",
+    "head_of",
+    "make_deepened",
+    "removals",
+    "set_module",
+]
 
 _IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -66,6 +78,21 @@ class Deepened(nn.Sequential):
     def layer(self) -> nn.Module:
         """The layer that was put in."""
         return self[self._place]
+
+
+class Head(nn.Sequential):
+    """The end of a network that does not count as its hidden layers, such as the dense layers behind convolutions.
+
+    `Surgeon.hidden` leaves them out, none is put in behind them and none is taken out, so the knob `layers` does not see
+    them. Their units are units like any others.
+    """
+
+
+def head_of(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Name of the `Head` that a layer stands in; None where it stands in none."""
+    parts = name.split(".")
+    above = (".".join(parts[:n]) for n in range(len(parts)))
+    return next((parent for parent in above if isinstance(modules[parent], Head)), None)
 
 
 @dataclass(frozen=True)
@@ -115,6 +142,8 @@ def block_at(c: Couplings, name: str) -> Block:
             raise InputError(f"module {name!r} is {kind}; layers are put in behind, and taken out of, Linear and Conv")
         raise unknown_name("layer", name, known)
     layer, node = c.trace.modules[name], known[name]
+    if (head := head_of(c.trace.modules, name)) is not None:
+        raise InputError(f"layer {name!r} stands in the Head {head!r}; none is put in behind it, and it has to stay")
     if c.trace.calls[layer] > 1:
         raise InputError(f"layer {name!r} is called {c.trace.calls[layer]} times in one forward; it has to stay")
     norm_name, norm = None, None

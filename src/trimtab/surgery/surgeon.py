@@ -21,7 +21,7 @@ from trimtab.cost import Cost, as_inputs, count_cost
 from trimtab.errors import InputError, unknown_name
 from trimtab.surgery.checks import check_entry, check_number, check_units
 from trimtab.surgery.couplings import Couplings, Group, Slot
-from trimtab.surgery.layers import block_at, deepenings, make_deepened, removals, set_module
+from trimtab.surgery.layers import block_at, deepenings, head_of, make_deepened, removals, set_module
 from trimtab.surgery.layout import Layout
 from trimtab.surgery.optimizer_state import OptimizerState, check_optimizer
 from trimtab.surgery.trace import trace
@@ -138,10 +138,11 @@ class Surgeon:
 
     @property
     def hidden(self) -> tuple[str, ...]:
-        """Those of `layers` whose units are not the network's output."""
+        """Those of `layers` whose units are not the network's output, and that stand in no `Head`."""
         c = self._couplings
         outputs = {c.spaces.root(space) for space in c.outputs}
-        return self._layers_of([group for group in self.groups if c.space_of(group) not in outputs])
+        names = self._layers_of([group for group in self.groups if c.space_of(group) not in outputs])
+        return tuple(name for name in names if head_of(c.trace.modules, name) is None)
 
     @property
     def cost(self) -> Cost:
