@@ -245,20 +245,25 @@ class Surgeon:
         that its parameters are called `fc.0.weight` instead of `fc.weight`.
 
         Args:
-            after: Name of a Linear or convolution whose activation is ReLU, ReLU6 or Hardtanh, or that has none.
+            after: Name of a Linear or convolution whose activation is ReLU, ReLU6 or Hardtanh, or that has none; or of
+                a Linear that was taken out, in whose place one is put then.
 
         Raises:
             InputError: No layer can be put in there; the message says why.
         """
         c = self._couplings
-        block = block_at(c, after)
+        block = block_at(c, after, self._gone)
         new = make_deepened(c, block, self.model, self._inputs)
         with self._change("deepen", after, len(self.layers), len(self.layers) + 1):
             state = OptimizerState(self.optimizer)
             host = [p for module in (block.layer, block.norm) if module is not None for p in module.parameters()]
             norm: Any = new[-1] if block.norm is not None else None
             self._set_module(block.host_name, new)
-            pairs: list[tuple[Any, Any]] = [(new.layer, block.layer), *([] if norm is None else [(norm, block.norm)])]
+            twin: Any = block.layer
+            if block.is_gone:
+                host = self._parameters_before(new.layer)
+                twin = _Twin(host)
+            pairs: list[tuple[Any, Any]] = [(new.layer, twin), *([] if norm is None else [(norm, block.norm)])]
             for made, like in pairs:
                 for attribute in ("weight", "bias"):
                     parameter = getattr(made, attribute)
@@ -270,7 +275,21 @@ class Surgeon:
 
     def deepenable(self) -> tuple[list[str], dict[str, str]]:
         """Layers that `deepen` takes, in the order of the forward; and the others, with the reason why not."""
-        return deepenings(self._couplings)
+        return deepenings(self._couplings, self._gone)
+
+    @property
+    def _gone(self) -> set[str]:
+        """Layers that were taken out and have left an nn.Identity."""
+        return {entry["target"] for entry in self._plan if entry["operation"] == "remove_layer"}
+
+    def _parameters_before(self, layer: nn.Module) -> list[nn.Parameter]:
+        """Parameters that stand before those of a layer in the network's order."""
+        before: list[nn.Parameter] = []
+        for parameter in self.model.parameters():
+            if any(parameter is own for own in layer.parameters()):
+                break
+            before.append(parameter)
+        return before
 
     def removable(self) -> dict[str, float]:
         """Layers that can be taken out, the least important first, with their distance from the identity."""
@@ -587,3 +606,15 @@ class Surgeon:
                 f"{group.size} units of {group.name!r}"
             )
         return importance.detach().double().cpu()
+
+
+class _Twin:
+    """Parameters whose groups a layer's parameters go into: the last matrix and the last vector of those in front.
+
+    Args:
+        parameters: In the network's order.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.weight = next((p for p in reversed(parameters) if p.ndim > 1), None)
+        self.bias = next((p for p in reversed(parameters) if p.ndim == 1), self.weight)
