@@ -185,7 +185,9 @@ def stratified_cuts(labels: npt.NDArray[Any], sizes: Sequence[int], name: str) -
     return np.split(order, np.cumsum(sizes))[: len(sizes)]
 
 
-def train_and_held_out(labels: npt.NDArray[Any], held_share: int, sizes: tuple[int, int], name: str) -> tuple[Rows, Rows]:
+def train_and_held_out(
+    labels: npt.NDArray[Any], held_share: int, sizes: tuple[int, int], name: str
+) -> tuple[Rows, Rows]:
     """Cut train and val out of a published train set, stratified.
 
     The cut into a pool and held-out rows comes first, so that a smaller scale takes its parts from the same sides.

@@ -156,7 +156,11 @@ def read_texts(
 
 
 def make_split(
-    sentences: Sequence[str] | Mapping[int, str], labels: npt.NDArray[np.int64], rows: Rows, vocabulary: dict[str, int], length: int
+    sentences: Sequence[str] | Mapping[int, str],
+    labels: npt.NDArray[np.int64],
+    rows: Rows,
+    vocabulary: dict[str, int],
+    length: int,
 ) -> Split:
     """A split of some rows of a set.
 
