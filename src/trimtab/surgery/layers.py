@@ -239,7 +239,7 @@ def make_deepened(c: Couplings, block: Block, model: nn.Module, inputs: tuple[An
 
 
 def deepenings(c: Couplings, gone: Collection[str] = ()) -> tuple[list[str], dict[str, str]]:
-    """Layers, and places of `gone`, that a layer can be put in behind, in the order of the forward; and why not others."""
+    """Layers, and places of `gone`, that one can be put in behind, in the order of the forward; and why not others."""
     found, refused = [], {}
     for node in _places(c, gone):
         name = str(node.target)

@@ -7,11 +7,15 @@ decay of 0.
 
 | task | data | network | 64 units are |
 |---|---|---|---|
-| `cifar10-tuning` | as `cifar10-cnn` | `models.conv_dense`, its first convolution at stride 2 | filters of a convolution, and dense |
-| `digits-tuning` | as `digits-cnn`: bundled, for a study without files | `models.conv_dense` | the same |
-| `imdb-tuning` | `trimtab.tasks.reviews` | `models.BiLSTMDense` | those of each direction; dense 128, which reads both |
-| `sst2-tuning` | as `sst2-bilstm` | `models.BiLSTMDense` | the same |
-| `titanic-tuning` | as `titanic-fcnn` | `models.mlp` | those of both dense layers |
+| `cifar10-tuning` | as `cifar10-cnn` | `conv_dense` | filters of each convolution; units of the dense layer |
+| `digits-tuning` | as `digits-cnn` (bundled) | `conv_dense` | the same |
+| `imdb-tuning` | `trimtab.tasks.reviews` | `BiLSTMDense` | those of each direction; 128 dense ones read both |
+| `sst2-tuning` | as `sst2-bilstm` | `BiLSTMDense` | the same |
+| `titanic-tuning` | as `titanic-fcnn` | `mlp` | those of each dense layer |
+
+The two layers are those that the knob `layers` counts: the two convolutions (the dense layers behind them are a
+`trimtab.surgery.Head`), the LSTM and the dense layer, the two dense layers. `units` is that of the first of them; the
+others keep their ratio to it.
 
 Scales: "smoke" is 20 steps; "small" is about ten seconds on one core and 20 validations; "full" is 50 epochs, with a
 validation after each.
@@ -68,10 +72,10 @@ def imdb_tuning(scale: str = "small") -> Task:
     """IMDb, Embedding, bidirectional LSTM, Dense, Output.
 
     Args:
-        scale: "smoke" (20 steps), "small" (320 steps on 6,000 reviews of 64 tokens) or "full" (50 epochs of 22,414
+        scale: "smoke" (20 steps), "small" (300 steps on 6,000 reviews of 64 tokens) or "full" (50 epochs of 22,414
             reviews of 200 tokens).
     """
-    steps = pick(scale, {"smoke": _SMOKE, "small": (320, 16), "full": _epochs_of(22_414)})
+    steps = pick(scale, {"smoke": _SMOKE, "small": (300, 15), "full": _epochs_of(22_414)})
     return _task("imdb-tuning", "imdb", partial(reviews.load_imdb, scale=scale), _bilstm_model, steps)
 
 

@@ -111,9 +111,7 @@ def test_wrong_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda source, repo_id, patterns: asked.append((repo_id, patterns)) or {})
     with pytest.raises(KeyError):
         load_imdb(None, scale="smoke")
-    assert asked == [
-        ("stanfordnlp/imdb", {"train": "plain_text/train-*.parquet", "test": "plain_text/test-*.parquet"})
-    ]
+    assert asked == [("stanfordnlp/imdb", {"train": "plain_text/train-*.parquet", "test": "plain_text/test-*.parquet"})]
 
 
 @pytest.mark.skipif(REAL is None, reason="TRIMTAB_DATA names no folder with the real sets")

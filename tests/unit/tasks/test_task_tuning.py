@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
 from test_task_reviews import write_imdb
 from test_task_sentences import write_sst2
 from test_task_tabular import passengers, write_csv
 from test_task_vision import write_cifar10
+from torch import nn
+
 from trimtab import Controller, ControlSpec, registry
 from trimtab.agents.base import Timing
 from trimtab.agents.scripted import Replay
@@ -71,13 +71,15 @@ def test_every_knob_moves_on_every_task(name, data_dir):
     output_and_head = sum(isinstance(module, LAYERS) for module in loop.model.modules()) - 2
     for row in rows:
         n_before = len(controller.decisions)
-        while len(controller.decisions) == n_before:  # a cheap network decides less often: the budget is one of FLOPs
+        # The budget is one of FLOPs: a cheap network decides less often.
+        while len(controller.decisions) == n_before:
             assert not loop.is_over()
             controller.step(loop.step())
         found = controller.read_knobs()
         asked = dict(zip(KNOBS, row, strict=True))
         if row[-1] == 0:  # a switch to SGD converts the rate
-            found.pop("lr"), asked.pop("lr")
+            found.pop("lr")
+            asked.pop("lr")
         assert found == pytest.approx(asked)
         assert sum(isinstance(module, LAYERS) for module in loop.model.modules()) - output_and_head == row[4]
         assert first_units(loop.model) == row[5]
@@ -119,6 +121,8 @@ def test_the_recurrent_network_reads_the_mean_of_both_directions():
     expected = model.head(torch.relu(model.dense(outputs.mean(1))))
     torch.testing.assert_close(model(tokens), expected)
     assert Surgeon(model, tokens).hidden == ("lstm", "dense")
+    beside = torch.tensor([[3, 4, 4, 0, 0], [5, 6, 7, 8, 9]])  # padding changes nothing, and neither does company
+    torch.testing.assert_close(model(beside)[:1], expected)
 
 
 @pytest.mark.skipif(REAL is None, reason="TRIMTAB_DATA names no folder with the real sets")
