@@ -438,3 +438,20 @@ def test_a_place_whose_activation_went_too_takes_no_layer():
     surgeon = Surgeon(nn.Sequential(nn.Linear(3, 4), nn.Identity(), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(2, 3))
     with pytest.raises(InputError, match="module '1' is Identity; layers are put in behind, and taken out of, Linear"):
         surgeon.deepen("1")
+
+
+def test_a_layer_that_is_first_in_the_order_of_parameters_is_not_put_in_again():
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second, self.first, self.head = nn.Linear(4, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
+
+    surgeon = Surgeon(Backwards(), torch.zeros(2, 3))
+    surgeon.remove_layer("second")
+    with pytest.raises(InputError, match="no layer can be put in where the network's first one, in the order of its"):
+        surgeon.deepen("second")
+    assert surgeon.hidden == ("first",)
+    assert surgeon.deepen("first").new_size == 3

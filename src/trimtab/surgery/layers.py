@@ -83,7 +83,7 @@ class Deepened(nn.Sequential):
 class Head(nn.Sequential):
     """The end of a network that does not count as its hidden layers, such as the dense layers behind convolutions.
 
-    `Surgeon.hidden` leaves them out, none is put in behind them and none is taken out, so the knob `layers` does not see
+    `Surgeon.hidden` leaves them out, none is put in behind them and none is taken out: the knob `layers` does not see
     them. Their units are units like any others.
     """
 

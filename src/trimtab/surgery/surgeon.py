@@ -23,7 +23,7 @@ from trimtab.surgery.checks import check_entry, check_number, check_units
 from trimtab.surgery.couplings import Couplings, Group, Slot
 from trimtab.surgery.layers import block_at, deepenings, head_of, make_deepened, removals, set_module
 from trimtab.surgery.layout import Layout
-from trimtab.surgery.optimizer_state import OptimizerState, check_optimizer
+from trimtab.surgery.optimizer_state import Before, OptimizerState, check_optimizer
 from trimtab.surgery.trace import trace
 from trimtab.surgery.units import (
     DRIFT,
@@ -261,8 +261,8 @@ class Surgeon:
             self._set_module(block.host_name, new)
             twin: Any = block.layer
             if block.is_gone:
-                host = self._parameters_before(new.layer)
-                twin = _Twin(host)
+                twin = Before(self.model, new.layer)
+                host = twin.parameters
             pairs: list[tuple[Any, Any]] = [(new.layer, twin), *([] if norm is None else [(norm, block.norm)])]
             for made, like in pairs:
                 for attribute in ("weight", "bias"):
@@ -281,15 +281,6 @@ class Surgeon:
     def _gone(self) -> set[str]:
         """Layers that were taken out and have left an nn.Identity."""
         return {entry["target"] for entry in self._plan if entry["operation"] == "remove_layer"}
-
-    def _parameters_before(self, layer: nn.Module) -> list[nn.Parameter]:
-        """Parameters that stand before those of a layer in the network's order."""
-        before: list[nn.Parameter] = []
-        for parameter in self.model.parameters():
-            if any(parameter is own for own in layer.parameters()):
-                break
-            before.append(parameter)
-        return before
 
     def removable(self) -> dict[str, float]:
         """Layers that can be taken out, the least important first, with their distance from the identity."""
@@ -606,15 +597,3 @@ class Surgeon:
                 f"{group.size} units of {group.name!r}"
             )
         return importance.detach().double().cpu()
-
-
-class _Twin:
-    """Parameters whose groups a layer's parameters go into: the last matrix and the last vector of those in front.
-
-    Args:
-        parameters: In the network's order.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.weight = next((p for p in reversed(parameters) if p.ndim > 1), None)
-        self.bias = next((p for p in reversed(parameters) if p.ndim == 1), self.weight)

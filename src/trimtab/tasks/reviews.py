@@ -11,8 +11,8 @@ published test set is left as it is: 123 of its 25,000 reviews are in the train 
 | small | 6,000 / 400 / 1,000 | 2,000 | 64 |
 | smoke | 640 / 200 / 200 | 500 | 64 |
 
-A token is a word in lower case, with its apostrophes, or one punctuation mark; the line breaks of the web page (`<br />`)
-go. The vocabulary is made as that of SST-2, from the first tokens of the reviews of the train split of the scale alone:
+A token is a word in lower case, with its apostrophes, or one punctuation mark; the page's line breaks (`<br />`) go.
+The vocabulary is made as that of SST-2, from the first tokens of the reviews of the train split of the scale alone:
 what a network reads of a review is its beginning.
 """
 

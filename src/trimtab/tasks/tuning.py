@@ -72,10 +72,10 @@ def imdb_tuning(scale: str = "small") -> Task:
     """IMDb, Embedding, bidirectional LSTM, Dense, Output.
 
     Args:
-        scale: "smoke" (20 steps), "small" (300 steps on 6,000 reviews of 64 tokens) or "full" (50 epochs of 22,414
+        scale: "smoke" (20 steps), "small" (240 steps on 6,000 reviews of 64 tokens) or "full" (50 epochs of 22,414
             reviews of 200 tokens).
     """
-    steps = pick(scale, {"smoke": _SMOKE, "small": (300, 15), "full": _epochs_of(22_414)})
+    steps = pick(scale, {"smoke": _SMOKE, "small": (240, 12), "full": _epochs_of(22_414)})
     return _task("imdb-tuning", "imdb", partial(reviews.load_imdb, scale=scale), _bilstm_model, steps)
 
 
