@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery_networks import assert_consistent, generator, make, train, weights
 from trimtab.errors import InputError
-from trimtab.surgery import Deepened, Surgeon, replay
+from trimtab.surgery import Deepened, Head, Surgeon, replay
 
 
 def test_deepening_keeps_the_function_to_the_bit_without_batch_norm():
@@ -331,3 +331,127 @@ def test_refusals_of_plans():
     for entry, text in cases:
         with pytest.raises(InputError, match=text):
             replay(copy.deepcopy(model), inputs, [good, entry])
+
+
+def with_head() -> tuple[nn.Sequential, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        body = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+        model = nn.Sequential(*body, Head(nn.Flatten(), nn.Linear(4 * 9, 4), nn.ReLU(), nn.Linear(4, 3)))
+        return model, torch.randn(5, 2, 3, 3)
+
+
+def test_layers_in_a_head_do_not_count_and_stay_but_their_units_move():
+    model, inputs = with_head()
+    surgeon = Surgeon(model, inputs)
+    assert surgeon.hidden == ("0", "2")
+    assert surgeon.layers == ("0", "2", "4.1", "4.3")
+    places, refused = surgeon.deepenable()
+    assert places == ["0", "2"]
+    text = "layer '4.1' stands in the Head '4'; none is put in behind it, and it has to stay"
+    assert refused["4.1"] == text
+    assert list(surgeon.removable()) == ["2"]
+    for change in (surgeon.deepen, surgeon.remove_layer):
+        with pytest.raises(InputError) as caught:
+            change("4.1")
+        assert str(caught.value) == text
+    before = model(inputs)
+    surgeon.widen("4.1", 6, generator=generator())
+    assert model[4][1].out_features == 6
+    torch.testing.assert_close(model(inputs), before)
+    surgeon.remove_layer("2")
+    assert surgeon.hidden == ("0",)
+
+
+class AfterRecurrent(nn.Module):
+    """A dense layer that is the only one a layer could be put in behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.GRU(3, 4, batch_first=True)
+        self.dense = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.dense(self.cells(x)[0][:, -1])))
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_a_layer_is_put_where_one_was_taken_out(is_split):
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            model = AfterRecurrent()
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim == 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}] if is_split else model.parameters()
+        return model, torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+
+    inputs = torch.randn(6, 5, 3, generator=generator())
+    model, optimizer = fresh()
+    step(model, optimizer)
+    surgeon = Surgeon(model, inputs, optimizer)
+    assert surgeon.deepenable()[0] == ["dense"]
+    surgeon.remove_layer("dense")
+    assert (type(model.dense), surgeon.hidden) == (nn.Identity, ("cells",))
+    before = model(inputs)
+    surgeon.deepen("dense")
+    assert torch.equal(model(inputs), before)
+    assert (type(model.dense.layer), surgeon.hidden) == (nn.Linear, ("cells", "dense.1"))
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    wanted = list(model.parameters())
+    if is_split:
+        wanted = [p for p in wanted if p.ndim > 1] + [p for p in wanted if p.ndim == 1]
+    assert all(one is other for one, other in zip(held, wanted, strict=True))
+    step(model, optimizer)
+    assert not torch.equal(model.dense.layer.weight, torch.eye(4))
+    surgeon.deepen("dense.1")  # behind the one that was put in, as behind any other
+    assert surgeon.hidden == ("cells", "dense.1.0", "dense.1.2")
+    twin, its_optimizer = fresh()
+    replay(twin, inputs, surgeon.plan, its_optimizer)
+    twin.load_state_dict(model.state_dict())
+    its_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(model, optimizer)
+    step(twin, its_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    surgeon.remove_layer("dense.1.2")
+    surgeon.remove_layer("dense.1")
+    assert (type(model.dense), surgeon.hidden) == (nn.Identity, ("cells",))
+    surgeon.follow([])
+    assert (type(model.dense), surgeon.hidden) == (nn.Linear, ("cells", "dense"))
+
+
+def test_a_place_whose_activation_went_too_takes_no_layer():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    surgeon = Surgeon(model, torch.zeros(2, 3))
+    surgeon.remove_layer("2")
+    text = "no layer can be put in where '2' was taken out: no activation follows, or a batch norm"
+    with pytest.raises(InputError, match=text):
+        surgeon.deepen("2")
+    assert surgeon.deepenable()[1]["2"] == text
+    # A user's own Identity is no such place.
+    surgeon = Surgeon(nn.Sequential(nn.Linear(3, 4), nn.Identity(), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(2, 3))
+    with pytest.raises(InputError, match="module '1' is Identity; layers are put in behind, and taken out of, Linear"):
+        surgeon.deepen("1")
+
+
+def test_a_layer_that_is_first_in_the_order_of_parameters_is_not_put_in_again():
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second, self.first, self.head = nn.Linear(4, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.second(torch.relu(self.first(x)))))
+
+    surgeon = Surgeon(Backwards(), torch.zeros(2, 3))
+    surgeon.remove_layer("second")
+    with pytest.raises(InputError, match="no layer can be put in where the network's first one, in the order of its"):
+        surgeon.deepen("second")
+    assert surgeon.hidden == ("first",)
+    assert surgeon.deepen("first").new_size == 3

@@ -22,9 +22,10 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase)
 
 
 class Layers(StructuralKnob):
-    """Hidden layers: those Linear, convolution and recurrent layers whose units are not the network's output.
+    """Hidden layers: Linear, convolution and recurrent layers, in no `Head`, whose units are not the network's output.
 
-    One more is put in behind the last hidden layer that allows it exactly (ReLU, ReLU6, Hardtanh, or no activation);
+    One more is put in behind the last hidden layer that allows it exactly (ReLU, ReLU6, Hardtanh, or no activation),
+    else where a Linear was taken out;
     the function is preserved as docs/surgery.md says. One less is the one nearest to the identity, which one that was
     just put in is; not the layer that the knob `units` reads its value from.
 

@@ -7,8 +7,8 @@ what one did.
 """
 
 from trimtab.surgery.couplings import Group
-from trimtab.surgery.layers import Deepened
+from trimtab.surgery.layers import Deepened, Head
 from trimtab.surgery.plans import replay
 from trimtab.surgery.surgeon import Change, Surgeon
 
-__all__ = ["Change", "Deepened", "Group", "Surgeon", "replay"]
+__all__ = ["Change", "Deepened", "Group", "Head", "Surgeon", "replay"]

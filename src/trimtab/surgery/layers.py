@@ -12,6 +12,7 @@ is replaced, under its own name, by a `Deepened` that holds it, phi', the new la
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,18 @@ from trimtab.surgery.module_rules import CONVOLUTIONS, has_batch_norm_rule
 from trimtab.surgery.operation_rules import operation_name
 from trimtab.surgery.trace import evaluating
 
-__all__ = ["Block", "Deepened", "Removal", "block_at", "deepenings", "make_deepened", "removals", "set_module"]
+__all__ = [
+    "Block",
+    "Deepened",
+    "Head",
+    "Removal",
+    "block_at",
+    "deepenings",
+    "head_of",
+    "make_deepened",
+    "removals",
+    "set_module",
+]
 
 _IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -68,6 +80,21 @@ class Deepened(nn.Sequential):
         return self[self._place]
 
 
+class Head(nn.Sequential):
+    """The end of a network that does not count as its hidden layers, such as the dense layers behind convolutions.
+
+    `Surgeon.hidden` leaves them out, none is put in behind them and none is taken out: the knob `layers` does not see
+    them. Their units are units like any others.
+    """
+
+
+def head_of(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Name of the `Head` that a layer stands in; None where it stands in none."""
+    parts = name.split(".")
+    above = (".".join(parts[:n]) for n in range(len(parts)))
+    return next((parent for parent in above if isinstance(modules[parent], Head)), None)
+
+
 @dataclass(frozen=True)
 class Block:
     """A layer with what follows it.
@@ -79,6 +106,7 @@ class Block:
         norm_name: Of the batch norm behind it; None without.
         norm: The batch norm.
         activation: The call of what follows, past dropout; None where no activation does.
+        is_gone: The layer was taken out: `layer` is one as it might be, and stands nowhere.
     """
 
     name: str
@@ -87,6 +115,7 @@ class Block:
     norm_name: str | None
     norm: nn.Module | None
     activation: fx.Node | None
+    is_gone: bool = False
 
     @property
     def host_name(self) -> str:
@@ -99,22 +128,28 @@ class Block:
         return self.norm or self.layer
 
 
-def block_at(c: Couplings, name: str) -> Block:
+def block_at(c: Couplings, name: str, gone: Collection[str] = ()) -> Block:
     """The layer of a name, with what follows it.
+
+    Args:
+        c: Of the network.
+        name: Of the layer.
+        gone: Places that a Linear was taken out of; the block of such a place has a Linear of the width that goes
+            through it, which stands nowhere.
 
     Raises:
         InputError: There is no such layer, it is none that has an identity, it is called several times, or what it
             puts out is used in several places.
     """
-    known = {
-        str(n.target): n for n in c.trace.graph.nodes if n.op == "call_module" and _has_identity(c.trace.module(n))
-    }
+    known = {str(n.target): n for n in _places(c, gone)}
     if name not in known:
         if name in c.trace.modules:
             kind = type(c.trace.modules[name]).__name__
             raise InputError(f"module {name!r} is {kind}; layers are put in behind, and taken out of, Linear and Conv")
         raise unknown_name("layer", name, known)
     layer, node = c.trace.modules[name], known[name]
+    if (head := head_of(c.trace.modules, name)) is not None:
+        raise InputError(f"layer {name!r} stands in the Head {head!r}; none is put in behind it, and it has to stay")
     if c.trace.calls[layer] > 1:
         raise InputError(f"layer {name!r} is called {c.trace.calls[layer]} times in one forward; it has to stay")
     norm_name, norm = None, None
@@ -131,7 +166,31 @@ def block_at(c: Couplings, name: str) -> Block:
             norm_name, norm = str(at.target), module
         elif not isinstance(module, _DROPOUT) and operation_name(at.target) not in ("dropout", "dropout2d"):
             break
-    return Block(name, layer, node, norm_name, norm, at if _is_activation(c, at) else None)
+    activation = at if _is_activation(c, at) else None
+    if type(layer) is not nn.Identity:
+        return Block(name, layer, node, norm_name, norm, activation)
+    if activation is None or norm is not None:
+        raise InputError(f"no layer can be put in where {name!r} was taken out: no activation follows, or a batch norm")
+    return Block(name, _linear_through(c, node, layer), node, None, None, activation, is_gone=True)
+
+
+def _places(c: Couplings, gone: Collection[str]) -> list[fx.Node]:
+    """Calls of layers that have an identity, and of what was left where such a one went through a vector of units."""
+    calls = [node for node in c.trace.graph.nodes if node.op == "call_module"]
+    return [
+        node
+        for node in calls
+        if _has_identity(c.trace.module(node))
+        or (str(node.target) in gone and type(c.trace.module(node)) is nn.Identity and len(c.trace.shapes[node]) == 2)
+    ]
+
+
+def _linear_through(c: Couplings, node: fx.Node, place: nn.Module) -> nn.Module:
+    """A Linear as wide as what goes through a place, as a model for the one that is put in."""
+    weights = [p for p in c.trace.modules[""].parameters() if p.is_floating_point()]
+    width = c.trace.shapes[node][-1]
+    new: nn.Module = _without_weights(nn.Linear, width, width, device=weights[0].device, dtype=weights[0].dtype)
+    return new.train(place.training)
 
 
 def _has_identity(module: nn.Module) -> bool:
@@ -169,27 +228,29 @@ def make_deepened(c: Couplings, block: Block, model: nn.Module, inputs: tuple[An
         InputError: The layer's units are the network's output, its activation is not idempotent, or its batch norm
             has no weights or no running statistics.
     """
-    activation = _activation_to_repeat(c, block)
+    # Where a layer was taken out, what was left there is the host, and the activation that was its own is there still.
+    activation = None if block.is_gone else _activation_to_repeat(c, block)
+    host = c.trace.modules[block.name] if block.is_gone else block.host
     layer = _identity(block.layer).train(block.layer.training)
     norm = None if block.norm is None else _identity_norm(block, activation, model, inputs)
-    new = Deepened(block.host, activation, layer, norm)
+    new = Deepened(host, activation, layer, norm)
     new.training = block.layer.training  # and not new.train(), which would reach the host: it may be frozen
     return new
 
 
-def deepenings(c: Couplings) -> tuple[list[str], dict[str, str]]:
-    """Layers that a layer can be put in behind, in the order of the forward, and why not behind others."""
+def deepenings(c: Couplings, gone: Collection[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """Layers, and places of `gone`, that one can be put in behind, in the order of the forward; and why not others."""
     found, refused = [], {}
-    for node in c.trace.graph.nodes:
-        if node.op == "call_module" and _has_identity(c.trace.module(node)):
-            name = str(node.target)
-            try:
-                block = block_at(c, name)
+    for node in _places(c, gone):
+        name = str(node.target)
+        try:
+            block = block_at(c, name, gone)
+            if not block.is_gone:
                 _activation_to_repeat(c, block)
-                _check_norm(block)
-                found.append(name)
-            except InputError as error:
-                refused[name] = str(error)
+            _check_norm(block)
+            found.append(name)
+        except InputError as error:
+            refused[name] = str(error)
     return found, refused
 
 

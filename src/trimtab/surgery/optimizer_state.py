@@ -8,6 +8,7 @@ for every copy (state copied as it is). `.grad` is treated as a first moment. do
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim import SGD, Optimizer
 from trimtab.errors import InputError
 from trimtab.surgery.units import Share
 
-__all__ = ["OptimizerState", "check_optimizer"]
+__all__ = ["Before", "OptimizerState", "check_optimizer"]
 
 # State tensors of a parameter's shape, by the power of the gradient that they hold.
 _MOMENTS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
@@ -136,6 +137,34 @@ class OptimizerState:
             if "param_names" in group:
                 old = zip(group["params"], group["param_names"], strict=True)
                 group["param_names"][:] = [names.get(id(parameter), name) for parameter, name in old]
+
+
+class Before:
+    """What stands in front of a layer in a network's order of parameters, for one whose own group nothing tells.
+
+    Args:
+        model: The network.
+        layer: In it.
+
+    Attributes:
+        parameters: In the network's order.
+        weight: The last matrix of them.
+        bias: The last vector of them, else the matrix.
+
+    Raises:
+        InputError: There is no matrix among them.
+    """
+
+    def __init__(self, model: nn.Module, layer: nn.Module) -> None:
+        own = {id(parameter) for parameter in layer.parameters()}
+        self.parameters = list(takewhile(lambda parameter: id(parameter) not in own, model.parameters()))
+        self.weight = next((p for p in reversed(self.parameters) if p.ndim > 1), None)
+        if self.weight is None:
+            raise InputError(
+                "no layer can be put in where the network's first one, in the order of its parameters, was taken out: "
+                "there is none whose group of the optimizer it could join"
+            )
+        self.bias = next((p for p in reversed(self.parameters) if p.ndim == 1), self.weight)
 
 
 def _followed(key: str, value: Any, follow: Callable[[Tensor, Share], Tensor]) -> Any:

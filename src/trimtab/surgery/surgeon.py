@@ -21,9 +21,9 @@ from trimtab.cost import Cost, as_inputs, count_cost
 from trimtab.errors import InputError, unknown_name
 from trimtab.surgery.checks import check_entry, check_number, check_units
 from trimtab.surgery.couplings import Couplings, Group, Slot
-from trimtab.surgery.layers import block_at, deepenings, make_deepened, removals, set_module
+from trimtab.surgery.layers import block_at, deepenings, head_of, make_deepened, removals, set_module
 from trimtab.surgery.layout import Layout
-from trimtab.surgery.optimizer_state import OptimizerState, check_optimizer
+from trimtab.surgery.optimizer_state import Before, OptimizerState, check_optimizer
 from trimtab.surgery.trace import trace
 from trimtab.surgery.units import (
     DRIFT,
@@ -138,10 +138,11 @@ class Surgeon:
 
     @property
     def hidden(self) -> tuple[str, ...]:
-        """Those of `layers` whose units are not the network's output."""
+        """Those of `layers` whose units are not the network's output, and that stand in no `Head`."""
         c = self._couplings
         outputs = {c.spaces.root(space) for space in c.outputs}
-        return self._layers_of([group for group in self.groups if c.space_of(group) not in outputs])
+        names = self._layers_of([group for group in self.groups if c.space_of(group) not in outputs])
+        return tuple(name for name in names if head_of(c.trace.modules, name) is None)
 
     @property
     def cost(self) -> Cost:
@@ -244,20 +245,25 @@ class Surgeon:
         that its parameters are called `fc.0.weight` instead of `fc.weight`.
 
         Args:
-            after: Name of a Linear or convolution whose activation is ReLU, ReLU6 or Hardtanh, or that has none.
+            after: Name of a Linear or convolution whose activation is ReLU, ReLU6 or Hardtanh, or that has none; or of
+                a Linear that was taken out, in whose place one is put then.
 
         Raises:
             InputError: No layer can be put in there; the message says why.
         """
         c = self._couplings
-        block = block_at(c, after)
+        block = block_at(c, after, self._gone)
         new = make_deepened(c, block, self.model, self._inputs)
         with self._change("deepen", after, len(self.layers), len(self.layers) + 1):
             state = OptimizerState(self.optimizer)
             host = [p for module in (block.layer, block.norm) if module is not None for p in module.parameters()]
             norm: Any = new[-1] if block.norm is not None else None
             self._set_module(block.host_name, new)
-            pairs: list[tuple[Any, Any]] = [(new.layer, block.layer), *([] if norm is None else [(norm, block.norm)])]
+            twin: Any = block.layer
+            if block.is_gone:
+                twin = Before(self.model, new.layer)
+                host = twin.parameters
+            pairs: list[tuple[Any, Any]] = [(new.layer, twin), *([] if norm is None else [(norm, block.norm)])]
             for made, like in pairs:
                 for attribute in ("weight", "bias"):
                     parameter = getattr(made, attribute)
@@ -269,7 +275,12 @@ class Surgeon:
 
     def deepenable(self) -> tuple[list[str], dict[str, str]]:
         """Layers that `deepen` takes, in the order of the forward; and the others, with the reason why not."""
-        return deepenings(self._couplings)
+        return deepenings(self._couplings, self._gone)
+
+    @property
+    def _gone(self) -> set[str]:
+        """Layers that were taken out and have left an nn.Identity."""
+        return {entry["target"] for entry in self._plan if entry["operation"] == "remove_layer"}
 
     def removable(self) -> dict[str, float]:
         """Layers that can be taken out, the least important first, with their distance from the identity."""

@@ -20,7 +20,16 @@ import numpy.typing as npt
 from trimtab.errors import InputError, MissingDataError, MissingExtraError
 from trimtab.seeding import numpy_generator
 
-__all__ = ["Source", "decode_images", "extra", "find", "read_bytes", "read_parquet", "stratified_cuts"]
+__all__ = [
+    "Source",
+    "decode_images",
+    "extra",
+    "find",
+    "read_bytes",
+    "read_parquet",
+    "stratified_cuts",
+    "train_and_held_out",
+]
 
 Rows = npt.NDArray[np.int64]
 
@@ -174,3 +183,26 @@ def stratified_cuts(labels: npt.NDArray[Any], sizes: Sequence[int], name: str) -
         place[generator.permutation(rows)] = (np.arange(len(rows)) + generator.random()) / len(rows)
     order = np.argsort(place, kind="stable").astype(np.int64)
     return np.split(order, np.cumsum(sizes))[: len(sizes)]
+
+
+def train_and_held_out(
+    labels: npt.NDArray[Any], held_share: int, sizes: tuple[int, int], name: str
+) -> tuple[Rows, Rows]:
+    """Cut train and val out of a published train set, stratified.
+
+    The cut into a pool and held-out rows comes first, so that a smaller scale takes its parts from the same sides.
+
+    Args:
+        labels: (B,) class of each row.
+        held_share: One row in this many is held out.
+        sizes: Rows of train and of val; more than there are give all.
+        name: What the split is for; other names give other splits.
+
+    Returns:
+        Row numbers of train and of val, disjoint.
+    """
+    held = len(labels) // held_share
+    pool, held_out = stratified_cuts(labels, (len(labels) - held, held), name)
+    train = pool[stratified_cuts(labels[pool], (sizes[0],), f"{name} train")[0]] if sizes[0] < len(pool) else pool
+    val = held_out[stratified_cuts(labels[held_out], (sizes[1],), f"{name} val")[0]] if sizes[1] < held else held_out
+    return train, val

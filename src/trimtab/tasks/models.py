@@ -1,4 +1,4 @@
-"""Networks of the tasks: MLP, small convolutional networks, two classifiers of sentences, and a GPT.
+"""Networks of the tasks: MLP, small convolutional networks, three classifiers of sentences, and a GPT.
 
 Called by the task modules. Weights are drawn from torch's global generator, which the training loop lends.
 
@@ -17,11 +17,24 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from trimtab.errors import InputError
+from trimtab.surgery import Head
 
-__all__ = ["GPT", "PADDING", "BiLSTM", "GPTConfig", "MeanEmbedding", "cifar10_cnn", "digits_cnn", "mlp", "mnist_cnn"]
+__all__ = [
+    "GPT",
+    "PADDING",
+    "BiLSTM",
+    "BiLSTMDense",
+    "GPTConfig",
+    "MeanEmbedding",
+    "cifar10_cnn",
+    "conv_dense",
+    "digits_cnn",
+    "mlp",
+    "mnist_cnn",
+]
 
 PADDING = 0  # the token that fills a sentence up to the common length
 
@@ -71,6 +84,33 @@ def cifar10_cnn(n_classes: int, units: int = 64, dropout: float = 0.25) -> nn.Se
         nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 32, 16, 16)
         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # (B, 64, 8, 8)
         nn.Flatten(), nn.Linear(4096, units), nn.ReLU(), nn.Dropout(dropout), nn.Linear(units, n_classes),
+    )  # fmt: skip
+
+
+def conv_dense(
+    channels: int, side: int, n_classes: int, *, units: int = 64, stride: int = 1, dropout: float = 0.5
+) -> nn.Sequential:
+    """Conv2D, MaxPool, Conv2D, MaxPool, Flatten, Dense, Output: (B, channels, side, side) -> (B, n_classes).
+
+    Both convolutions (3 x 3) have `units` filters and the dense layer as many units, all with ReLU; dropout stands in
+    front of the dense layer. Flatten, Dense and Output are a `trimtab.surgery.Head`: as hidden layers count the two
+    convolutions.
+
+    Args:
+        channels: Of an image.
+        side: Its height and width; a multiple of 4 times the stride.
+        n_classes: Logits.
+        units: Of each layer but the output.
+        stride: Of the first convolution; 2 reads an image at half its resolution, at about a quarter of the cost.
+        dropout: Probability.
+    """
+    places = (side // stride // 4) ** 2
+    return nn.Sequential(
+        nn.Conv2d(channels, units, 3, stride=stride, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(units, units, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        Head(
+            nn.Flatten(), nn.Dropout(dropout), nn.Linear(units * places, units), nn.ReLU(), nn.Linear(units, n_classes),
+        ),
     )  # fmt: skip
 
 
@@ -127,6 +167,45 @@ class BiLSTM(nn.Module):
         packed = pack_padded_sequence(self.tokens(tokens), lengths, batch_first=True, enforce_sorted=False)
         _, (last, _) = self.lstm(packed)  # (2, B, units)
         logits: Tensor = self.head(torch.cat((last[0], last[1]), dim=1))
+        return logits
+
+
+class BiLSTMDense(nn.Module):
+    """Embedding, bidirectional LSTM, dense layer, output: tokens (B, L) -> (B, n_classes).
+
+    The dense layer (ReLU) reads the mean of the LSTM's states over the tokens, both directions side by side, behind
+    dropout. It has as many units as it reads, so that it can be taken out of the network.
+
+    Args:
+        vocab_size: V, `PADDING` included.
+        width: Of an embedding.
+        n_classes: Logits.
+        units: Of each direction; half of those of the dense layer.
+        dropout: Probability.
+    """
+
+    def __init__(self, vocab_size: int, width: int, n_classes: int, *, units: int = 64, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, width, padding_idx=PADDING)
+        self.lstm = nn.LSTM(width, units, batch_first=True, bidirectional=True)
+        self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(2 * units, 2 * units)
+        self.head = nn.Linear(2 * units, n_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits; padding changes nothing: neither direction reads it, and it is not in the mean.
+
+        Args:
+            tokens: (B, L) int64, each row a sentence of one token or more, filled up with `PADDING`.
+        """
+        lengths = tokens.ne(PADDING).sum(1, keepdim=True)  # (B, 1)
+        # Packing wants the lengths on the CPU.
+        words = pack_padded_sequence(
+            self.tokens(tokens), lengths.squeeze(1).cpu(), batch_first=True, enforce_sorted=False
+        )
+        states, _ = self.lstm(words)
+        padded, _ = pad_packed_sequence(states, batch_first=True)  # (B, L, 2 units), zeros behind each sentence
+        logits: Tensor = self.head(self.dense(self.dropout(padded.sum(1) / lengths)).relu())
         return logits
 
 

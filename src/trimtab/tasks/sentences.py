@@ -18,10 +18,9 @@ words, ties in alphabetical order, after 0 (padding) and 1 (any other word). Row
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +30,9 @@ from torch import Tensor, nn
 from trimtab.errors import InputError
 from trimtab.tasks import hub, models
 from trimtab.tasks.base import Data, Split, Task, pick
-from trimtab.tasks.data import Rows, Source, find, read_parquet, stratified_cuts
+from trimtab.tasks.data import Rows, Source, find, read_parquet, stratified_cuts, train_and_held_out
 
-__all__ = ["encode", "make_vocabulary", "sst2_bilstm", "sst2_mlp"]
+__all__ = ["encode", "load_sst2", "make_split", "make_vocabulary", "read_texts", "sst2_bilstm", "sst2_mlp"]
 
 _SOURCE = Source(
     "sst2",
@@ -73,12 +72,11 @@ def sst2_bilstm(scale: str = "small") -> Task:
 
 
 def _task(name: str, scale: str, make_model: Callable[[Data], nn.Module], steps: tuple[int, int]) -> Task:
-    sizes, n_words = pick(scale, _PRESETS)
     return Task(
         name=name,
         dataset=_SOURCE.dataset,
         kind="classification",
-        load=partial(_load, sizes=sizes, n_words=n_words),
+        load=partial(load_sst2, scale=scale),
         make_model=make_model,
         batch_size=32,
         total_steps=steps[0],
@@ -95,45 +93,87 @@ def _bilstm_model(data: Data) -> nn.Module:
     return models.BiLSTM(int(data.info["vocab_size"]), 32, 32, 2)
 
 
-def _load(data_dir: Path | None, *, sizes: tuple[int, int, int], n_words: int) -> Data:
+def load_sst2(data_dir: Path | None, *, scale: str) -> Data:
+    """Read SST-2: inputs (B, `LENGTH`), tokens.
+
+    Args:
+        data_dir: Folder with the folder `sst2`; None for the hub.
+        scale: "smoke", "small" or "full".
+
+    Raises:
+        MissingDataError: It is not there.
+        InputError: A file is broken, or not what it should be.
+        UnknownNameError: There is no such scale.
+    """
+    sizes, n_words = pick(scale, _PRESETS)
     if data_dir is None:
         paths = hub.fetch(_SOURCE, "nyu-mll/glue", {name: f"sst2/{name}-*.parquet" for name in ("train", "validation")})
     else:
         paths = {
             name: find(_SOURCE, data_dir, f"{name}.parquet", f"{name}-*.parquet") for name in ("train", "validation")
         }
-    sentences, labels = _read(paths["train"])
-    test_sentences, test_labels = _read(paths["validation"])
-    # The cut into train and held-out comes first, so that a smaller scale takes its parts from the same sides.
-    held = len(labels) // _HELD_SHARE
-    pool, held_out = stratified_cuts(labels, (len(labels) - held, held), "sst2")
-    train = pool[stratified_cuts(labels[pool], (sizes[0],), "sst2 train")[0]] if sizes[0] < len(pool) else pool
-    val = held_out[stratified_cuts(labels[held_out], (sizes[1],), "sst2 val")[0]] if sizes[1] < held else held_out
+    expected = "SST-2's train and validation sets (its test set has no labels)"
+    (sentences, labels), (test_sentences, test_labels) = (
+        read_texts(paths[name], "sst2", "sentence", expected) for name in ("train", "validation")
+    )
+    train, val = train_and_held_out(labels, _HELD_SHARE, sizes[:2], "sst2")
     test = stratified_cuts(test_labels, (min(sizes[2], len(test_labels)),), "sst2 test")[0]
     vocabulary = make_vocabulary([sentences[row] for row in train], n_words)
     return Data(
-        _split(sentences, labels, train, vocabulary),
-        _split(sentences, labels, val, vocabulary),
-        _split(test_sentences, test_labels, test, vocabulary),
+        make_split(sentences, labels, train, vocabulary, LENGTH),
+        make_split(sentences, labels, val, vocabulary, LENGTH),
+        make_split(test_sentences, test_labels, test, vocabulary, LENGTH),
         info={"n_classes": 2, "vocab_size": len(vocabulary) + 2, "length": LENGTH},
     )
 
 
-def _read(paths: Sequence[Path]) -> tuple[list[str], npt.NDArray[Any]]:
-    table = read_parquet(paths, "sst2", ("sentence", "label"))
+def read_texts(
+    paths: Sequence[Path], dataset: str, column: str, expected: str
+) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Read texts and their labels from Parquet files.
+
+    Args:
+        paths: Of one set, in order.
+        dataset: Name for messages.
+        column: Of the texts; that of the labels is "label".
+        expected: What the files should be, for messages.
+
+    Returns:
+        B texts, and their labels, (B,), each 0 or 1.
+
+    Raises:
+        InputError: A file is broken, lacks a column, holds no row, no text in a row, or another label.
+    """
+    table = read_parquet(paths, dataset, (column, "label"))
     labels = np.asarray(table["label"].to_numpy())
     if len(labels) == 0 or not np.isin(labels, (0, 1)).all():
-        raise InputError(
-            f"{paths[0]}: it is empty, or a label is neither 0 nor 1; expected SST-2's train and validation sets (its "
-            "test set has no labels)"
-        )
-    sentences: list[str] = table["sentence"].to_pylist()
-    return sentences, labels
+        raise InputError(f"{paths[0]}: it is empty, or a label is neither 0 nor 1; expected {expected}")
+    texts: list[str] = table[column].to_pylist()
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{paths[0]}: the column {column} holds something that is no text; expected {expected}")
+    return texts, labels.astype(np.int64)
 
 
-def _split(sentences: Sequence[str], labels: npt.NDArray[Any], rows: Rows, vocabulary: dict[str, int]) -> Split:
-    tokens = encode([sentences[row] for row in rows], vocabulary, LENGTH)
-    return Split(tokens, torch.from_numpy(labels[rows].astype(np.int64)))
+def make_split(
+    sentences: Sequence[str] | Mapping[int, str],
+    labels: npt.NDArray[np.int64],
+    rows: Rows,
+    vocabulary: dict[str, int],
+    length: int,
+) -> Split:
+    """A split of some rows of a set.
+
+    Args:
+        sentences: By row, words between blanks; those of other rows are not looked at.
+        labels: Of the whole set.
+        rows: Those of the split, B of them.
+        vocabulary: Word -> number.
+        length: L; longer sentences are cut.
+
+    Returns:
+        Inputs (B, L) and targets (B,), both int64.
+    """
+    return Split(encode([sentences[int(row)] for row in rows], vocabulary, length), torch.from_numpy(labels[rows]))
 
 
 def make_vocabulary(sentences: Sequence[str], n_words: int) -> dict[str, int]:

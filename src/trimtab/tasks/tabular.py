@@ -27,7 +27,7 @@ from trimtab.tasks import models
 from trimtab.tasks.base import Data, Split, Task, pick
 from trimtab.tasks.data import Rows, Source, find, read_parquet, stratified_cuts
 
-__all__ = ["titanic_fcnn"]
+__all__ = ["load_titanic", "titanic_fcnn"]
 
 _SOURCE = Source(
     "titanic",
@@ -54,7 +54,7 @@ def titanic_fcnn(scale: str = "small") -> Task:
         name="titanic-fcnn",
         dataset="titanic",
         kind="classification",
-        load=_load,
+        load=load_titanic,
         make_model=_model,
         batch_size=32,
         total_steps=steps,
@@ -67,7 +67,16 @@ def _model(data: Data) -> nn.Module:
     return models.mlp(int(data.info["n_features"]), [64, 64], 2)
 
 
-def _load(data_dir: Path | None) -> Data:
+def load_titanic(data_dir: Path | None) -> Data:
+    """Read the passengers with labels: inputs (B, 18).
+
+    Args:
+        data_dir: Folder with the folder `titanic`; None is an error that says how to get it.
+
+    Raises:
+        MissingDataError: It is not there.
+        InputError: The file is broken, or not what it should be.
+    """
     path = find(_SOURCE, data_dir, "train.parquet", "train.csv")[0]
     columns = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
     labels = np.array([_label(value, path) for value in columns["Survived"]], dtype=np.int64)

@@ -29,9 +29,9 @@ from torch import nn
 from trimtab.errors import InputError
 from trimtab.tasks import hub, models
 from trimtab.tasks.base import Data, Split, Task, pick
-from trimtab.tasks.data import Source, decode_images, find, read_parquet, stratified_cuts
+from trimtab.tasks.data import Source, decode_images, find, read_parquet, stratified_cuts, train_and_held_out
 
-__all__ = ["cifar10_cnn", "digits_cnn", "digits_mlp", "mnist_cnn", "mnist_mlp"]
+__all__ = ["cifar10_cnn", "digits_cnn", "digits_mlp", "load_cifar10", "load_digits", "mnist_cnn", "mnist_mlp"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _digits(name: str, scale: str, *, is_image: bool) -> Task:
         name=name,
         dataset="digits",
         kind="classification",
-        load=partial(_load_digits, is_image=is_image),
+        load=partial(load_digits, is_image=is_image),
         make_model=_digits_cnn_model if is_image else _digits_mlp_model,
         batch_size=32,
         total_steps=steps,
@@ -124,14 +124,19 @@ def _digits_cnn_model(data: Data) -> nn.Module:
 
 @lru_cache(maxsize=1)
 def _bundled_digits() -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    from sklearn.datasets import load_digits
+    from sklearn import datasets
 
-    images, labels = load_digits(return_X_y=True)
+    images, labels = datasets.load_digits(return_X_y=True)
     return images, labels
 
 
-def _load_digits(data_dir: Path | None, *, is_image: bool) -> Data:
-    """The data directory is not looked at: the set lies in scikit-learn."""
+def load_digits(data_dir: Path | None, *, is_image: bool) -> Data:
+    """Read the digits.
+
+    Args:
+        data_dir: Not looked at: the set lies in scikit-learn.
+        is_image: Inputs (B, 1, 8, 8) instead of (B, 64); in [0, 1] both times.
+    """
     images, labels = _bundled_digits()
     parts = stratified_cuts(labels, _DIGITS_SIZES, "digits")
     inputs = torch.from_numpy((images / 16).astype(np.float32))  # 17 grey levels -> [0, 1]
@@ -217,6 +222,20 @@ def _cifar10_model(data: Data) -> nn.Module:
     return models.cifar10_cnn(int(data.info["n_classes"]))
 
 
+def load_cifar10(data_dir: Path | None, *, sizes: tuple[int, int, int]) -> Data:
+    """Read CIFAR-10, scaled to zero mean and unit deviation: inputs (B, 3, 32, 32).
+
+    Args:
+        data_dir: Folder with the folder `cifar10`; None for the hub.
+        sizes: Images of train, val and test; more than there are give all.
+
+    Raises:
+        MissingDataError: It is not there.
+        InputError: A file is broken, or not what it should be.
+    """
+    return _load_images(data_dir, images=_CIFAR10, sizes=sizes)
+
+
 def _load_images(data_dir: Path | None, *, images: _ImageSet, sizes: tuple[int, int, int]) -> Data:
     source, folder = images.source, images.folder
     name = source.dataset
@@ -231,11 +250,7 @@ def _load_images(data_dir: Path | None, *, images: _ImageSet, sizes: tuple[int, 
         }
     table = read_parquet(paths["train"], name, (images.column, "label"))
     labels = np.asarray(table["label"].to_numpy())
-    # The cut into train and held-out comes first, so that a smaller scale takes its parts from the same sides.
-    held = len(labels) // images.held_share
-    pool, held_out = stratified_cuts(labels, (len(labels) - held, held), name)
-    train = pool[stratified_cuts(labels[pool], (sizes[0],), f"{name} train")[0]] if sizes[0] < len(pool) else pool
-    val = held_out[stratified_cuts(labels[held_out], (sizes[1],), f"{name} val")[0]] if sizes[1] < held else held_out
+    train, val = train_and_held_out(labels, images.held_share, sizes[:2], name)
     test_table = read_parquet(paths["test"], name, (images.column, "label"))
     test_labels = np.asarray(test_table["label"].to_numpy())
     test = stratified_cuts(test_labels, (min(sizes[2], len(test_labels)),), f"{name} test")[0]

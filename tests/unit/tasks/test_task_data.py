@@ -7,7 +7,7 @@ import pytest
 
 from trimtab.errors import InputError, MissingDataError, MissingExtraError
 from trimtab.tasks import data
-from trimtab.tasks.data import Source, find, read_bytes, stratified_cuts
+from trimtab.tasks.data import Source, find, read_bytes, stratified_cuts, train_and_held_out
 
 SOURCE = Source("things", "Ask for it.")
 
@@ -87,3 +87,14 @@ def test_cuts_repeat_and_differ_by_name():
 def test_more_rows_than_there_are_is_refused():
     with pytest.raises(InputError, match="a: 10 rows cannot be cut into parts of 8, 3"):
         stratified_cuts(np.zeros(10), (8, 3), "a")
+
+
+def test_a_smaller_scale_takes_its_parts_from_the_same_sides():
+    labels = np.array([0] * 60 + [1] * 40)
+    train, val = train_and_held_out(labels, 10, (1000, 1000), "set")
+    assert sorted([*train, *val]) == list(range(100))
+    assert (len(train), len(val), labels[val].sum()) == (90, 10, 4)
+    few_train, few_val = train_and_held_out(labels, 10, (30, 5), "set")
+    assert (len(few_train), len(few_val), labels[few_train].sum(), labels[few_val].sum()) == (30, 5, 12, 2)
+    assert set(few_train) <= set(train)
+    assert set(few_val) <= set(val)
