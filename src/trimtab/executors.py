@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -275,6 +276,8 @@ def _work(connection: Connection, function: str, threads: int | None, parent: in
         try:
             arguments = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
+            # Semaphores that were made on the way (torch.fx makes one) would else be called leaked when all is over.
+            multiprocessing.util._exit_function()  # type: ignore[attr-defined]
             os._exit(0)  # nobody asks any more; torch's own clean-up takes longer than it is worth
         try:
             reply = json.dumps(["done", do(*arguments, _Progress(connection, parent))])

@@ -78,7 +78,12 @@ def test_lists_of_arms_studies_recipes_and_brains(capsys):
     names = [line.split()[0] for line in invoke(capsys, "list", "arms")[1].splitlines()]
     assert {"cosine", "q_learning", "placebo:ARM", "yoked:ARM", "tuned-ARM"} <= set(names)
     assert "replay" not in names
-    assert re.findall(r"^(\S+)  ", invoke(capsys, "list", "studies")[1], re.M) == ["demo", "transformer-lr"]
+    assert re.findall(r"^(\S+)  ", invoke(capsys, "list", "studies")[1], re.M) == [
+        "adaptive-tuning",
+        "cnn-intervention",
+        "demo",
+        "transformer-lr",
+    ]
     recipes = ["default", "default-open", "few-rows", "residual", "several-knobs", "smoke"]
     assert re.findall(r"^(\S+)  ", invoke(capsys, "list", "recipes")[1], re.M) == recipes
     brains = re.findall(r"^(\S+) +(.*)$", invoke(capsys, "list", "brains")[1], re.M)

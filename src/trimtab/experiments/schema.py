@@ -87,7 +87,10 @@ def _space(value: Any) -> Any:
     for name, options in value.items():
         if not isinstance(options, dict):
             raise ValueError(f"got {name}: {reprlib.repr(options)}, expected options of the knob, {{}} for its own")
-        space[name] = {key: number(item) if key in ("low", "high") else item for key, item in options.items()}
+        space[name] = {
+            key: number(item) if key in ("low", "high") and not isinstance(item, int) else item
+            for key, item in options.items()
+        }
     return space
 
 

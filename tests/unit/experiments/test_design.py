@@ -300,7 +300,12 @@ def test_random_files_are_one_error_of_ours(tmp_path_factory, content):
 
 
 def test_our_studies_are_good_at_every_scale():
-    assert sorted(study_names()) == ["demo", "transformer-lr"]
+    assert sorted(study_names()) == [
+        "adaptive-tuning",
+        "cnn-intervention",
+        "demo",
+        "transformer-lr",
+    ]
     for name, path in study_names().items():
         for scale in ("smoke", "small", "full"):
             assert parse_study(read_yaml(path), path.name, scale).study == name
