@@ -82,6 +82,7 @@ def test_lists_of_arms_studies_recipes_and_brains(capsys):
         "adaptive-tuning",
         "cnn-intervention",
         "demo",
+        "experience",
         "transformer-lr",
     ]
     recipes = ["default", "default-open", "few-rows", "residual", "several-knobs", "smoke"]

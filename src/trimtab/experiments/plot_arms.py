@@ -1,10 +1,11 @@
-"""The pictures that set arms beside each other: sensitivity to the initial rate, and differences (a forest plot).
+"""The pictures that set arms beside each other: sensitivity to the initial rate, learning, differences (forest plot).
 
 Called by plots.py. They draw what is in results.json and nothing else.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from matplotlib.lines import Line2D
 from trimtab.experiments.plot_style import GREY, INK, Style, log_axis, panels, tidy
 from trimtab.experiments.words import interval, number
 
-__all__ = ["draw_differences", "draw_sensitivity"]
+__all__ = ["draw_differences", "draw_learning", "draw_sensitivity"]
 
 _GROUPS = {
     "tuned": "against the tuned schedule ({})",
@@ -68,6 +69,40 @@ def draw_sensitivity(rows: Sequence[Mapping[str, Any]], look: Mapping[str, Style
         for a in order
     ]
     figure.legend(handles, order, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def draw_learning(rows: Sequence[Mapping[str, Any]], look: Mapping[str, Style], task: str) -> Figure | None:
+    """Test loss against the runs that arms had learned from, for arms that differ in nothing else; None without any."""
+    alike: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["kind"] == "learned" and row["metrics"]["test_loss"]["mean"] is not None:
+            key = json.dumps([row["agent"], row["knobs"], row["options"]], sort_keys=True)
+            alike.setdefault(key, []).append(row)
+    curves = [
+        sorted(group, key=lambda row: row["cost"]["learning_runs"])
+        for group in alike.values()
+        if len({row["cost"]["learning_runs"] for row in group}) > 1
+    ]
+    if not curves:
+        return None
+    counts = sorted({row["cost"]["learning_runs"] for curve in curves for row in curve})
+    figure, (axis,) = panels(1, scale=1.6)
+    for curve in curves:
+        style = look[curve[-1]["id"]]
+        places = [counts.index(row["cost"]["learning_runs"]) for row in curve]
+        means = [row["metrics"]["test_loss"]["mean"] for row in curve]
+        ends = [row["metrics"]["test_loss"]["interval"] or (mean, mean) for row, mean in zip(curve, means, strict=True)]
+        bars = [[mean - low for mean, (low, _) in zip(means, ends, strict=True)]]
+        bars += [[high - mean for mean, (_, high) in zip(means, ends, strict=True)]]
+        axis.errorbar(places, means, yerr=bars, color=style.color, marker="o", markersize=5, capsize=3, linewidth=1.5)
+        for place, mean, row in zip(places, means, curve, strict=True):
+            axis.annotate(row["id"], (place, mean), xytext=(6, 6), textcoords="offset points", fontsize=9)
+    axis.set_xticks(range(len(counts)), [str(count) for count in counts])
+    axis.set_xlim(-0.3, len(counts) - 0.4)
+    axis.set_xlabel("runs learned from before", fontsize=9)
+    axis.set_ylabel("mean test loss, 95 % interval", fontsize=9)
+    axis.set_title(task, loc="left", fontsize=10)
     return figure
 
 

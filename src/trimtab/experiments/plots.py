@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from trimtab.experiments.plot_arms import draw_differences, draw_sensitivity
+from trimtab.experiments.plot_arms import draw_differences, draw_learning, draw_sensitivity
 from trimtab.experiments.plot_style import GREY, INK, PALE, Plot, Style, log_axis, panels, save, slug, styles
 from trimtab.experiments.reading import LANGUAGE_DATASETS, Run, StudyFolder
 from trimtab.experiments.stats import is_finite
@@ -55,6 +55,7 @@ def write_all(study: StudyFolder, results: Mapping[str, Any], folder: Path) -> l
         for kind, figure, alt, caption in (
             ("differences", draw_differences(rows, look, task), *_DIFFERENCES),
             ("sensitivity", draw_sensitivity(rows, look, task), *_SENSITIVITY),
+            ("learning", draw_learning(rows, look, task), *_LEARNING),
             ("knob", _knobs(study, task, look), *_KNOBS),
             ("reward", _rewards(study, task, look), *_REWARDS),
         ):
@@ -76,6 +77,12 @@ _SENSITIVITY = (
     "the table of sensitivity.",
     "Mean final validation loss against the initial rate. A flat line is an arm that does not depend on it. A cross "
     "at the upper edge: no run from there ended finite.",
+)
+_LEARNING = (
+    "Test loss on {task} against the number of runs that an arm had learned from before, one line for arms that differ "
+    "in nothing else; the numbers are in the tables of outcomes and differences.",
+    "Mean test loss with its 95 % interval against the runs learned from before. Whether more runs help is in the "
+    "differences, which are paired by seed.",
 )
 _KNOBS = (
     "Paths of the knobs on {task} against optimizer steps, one line for each seed, with every decision marked.",

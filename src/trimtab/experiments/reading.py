@@ -35,6 +35,8 @@ class Arm:
         options: Of the agent.
         lr: Task -> initial rate; None where the task or the agent brings its own, which the runs then name.
         chooses_rate: Whether it begins with rates of its own, so that it was not run from others.
+        knobs: Names of the knobs that it moves.
+        learn_runs: Runs that it learns from before each run that counts.
     """
 
     id: str
@@ -45,6 +47,8 @@ class Arm:
     options: Mapping[str, Any]
     lr: Mapping[str, float | None]
     chooses_rate: bool = False
+    knobs: tuple[str, ...] = ("lr",)
+    learn_runs: int = 0
 
     @property
     def decides(self) -> bool:
@@ -197,6 +201,8 @@ def _arms(plan: Any, out: Path) -> tuple[Arm, ...]:
                 lr=dict(row.get("lr") or {}),
                 chooses_rate=row.get("agent") == "default-cosine"
                 or (row["kind"] == "search" and "lr" in (row.get("knobs") or ())),
+                knobs=tuple(row.get("knobs") or ("lr",)),
+                learn_runs=int(row.get("learn_runs") or 0),
             )
             for row in plan["arms"]
         )

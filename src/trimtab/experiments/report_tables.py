@@ -25,6 +25,8 @@ _MEANINGS = {
     "rule": "a rule that learns nothing",
     "same schedule and rate": "its base schedule at the same rate",
     "search": "a search",
+    "fewer runs": "the same, with fewer runs to learn from",
+    "same agent": "the same agent with other settings",
 }
 
 Row = Mapping[str, Any]

@@ -97,6 +97,7 @@ def _row(study: StudyFolder, arm: Arm, task: str, role: str, threshold: Mapping[
         "of": arm.of,
         "agent": arm.agent,
         "options": dict(arm.options),
+        "knobs": list(arm.knobs),
         "initial_lr": study.rate(arm, task, role),
         "seeds": seeds,
         "n_seeds": table[_MAIN]["n"],
@@ -174,8 +175,20 @@ def _references(study: StudyFolder, arm: Arm, task: str) -> dict[str, list[str]]
                 add(other.id, "search")
             elif other.kind == "baseline" and other.agent == arm.base and _same_rate(study, other, arm, task):
                 add(other.id, "same schedule and rate")
+        for name, what in _siblings(study, arm):
+            add(name, what)
     if arm.kind not in ("placebo", "yoked"):
         add(_user_arm(study, task), "user")
+    return found
+
+
+def _siblings(study: StudyFolder, arm: Arm) -> list[tuple[str, str]]:
+    """Learned arms before this one, so that each pair stands there once, with its agent and knobs; and what differs."""
+    found = []
+    for other in study.arms[: study.arms.index(arm)]:
+        if arm.kind == other.kind == "learned" and (arm.agent, arm.knobs) == (other.agent, other.knobs):
+            has_learned_more = arm.options == other.options and arm.learn_runs > other.learn_runs
+            found.append((other.id, "fewer runs" if has_learned_more else "same agent"))
     return found
 
 

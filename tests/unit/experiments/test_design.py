@@ -304,6 +304,7 @@ def test_our_studies_are_good_at_every_scale():
         "adaptive-tuning",
         "cnn-intervention",
         "demo",
+        "experience",
         "transformer-lr",
     ]
     for name, path in study_names().items():

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from synthetic import Synthetic, change, write_lines
 
 from trimtab.experiments import plots
-from trimtab.experiments.plot_arms import draw_differences, draw_sensitivity
+from trimtab.experiments.plot_arms import draw_differences, draw_learning, draw_sensitivity
 from trimtab.experiments.plot_style import INK, slug, styles
 from trimtab.experiments.reading import read_study
 from trimtab.experiments.results import collect_study
@@ -163,3 +163,49 @@ def test_no_state_of_pyplot_is_touched():
 )
 def test_slug(name, safe):
     assert slug(name) == safe
+
+
+def learned(out, runs, options=None):
+    """A study whose arms of these names are Q-learning that learned from so many runs before."""
+    names = list(runs)
+    synthetic = Synthetic(
+        arms=names,
+        level={name: 0.3 - 0.02 * place for place, name in enumerate(names)},
+        kind=dict.fromkeys(names, "learned"),
+        tuned=False,
+        sensitivity_lrs=(),
+    )
+    synthetic.write(out)
+    plan = json.loads((out / "study.json").read_text())
+    for row in plan["arms"]:
+        row |= {"agent": "q_learning", "learn_runs": runs[row["id"]], "options": (options or {}).get(row["id"], {})}
+    (out / "study.json").write_text(json.dumps(plan))
+    for path in out.rglob("result.json"):
+        change(path, learning={"runs": runs[path.parts[-3]], "optimizer_steps": 0, "flops": 0})
+    return out
+
+
+def test_arms_that_differ_in_what_they_learned_from_are_a_curve(tmp_path):
+    study, results = read(learned(tmp_path, {"q-0": 0, "q-5": 5, "q-50": 50}))
+    figure = draw_learning(results["arms"], styles(study.arms, None), "digits-mlp")
+    assert figure is not None
+    (axis,) = figure.axes
+    line = axis.containers[0].lines[0]
+    assert list(line.get_xdata()) == [0, 1, 2]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "5", "50"]
+    means = {row["id"]: row["metrics"]["test_loss"]["mean"] for row in results["arms"]}
+    assert list(line.get_ydata()) == [means["q-0"], means["q-5"], means["q-50"]]
+    row = next(row for row in results["arms"] if row["id"] == "q-50")
+    assert {name: entry["roles"] for name, entry in row["differences"].items()} == {
+        "q-0": ["fewer runs"],
+        "q-5": ["fewer runs"],
+    }
+    assert not next(row for row in results["arms"] if row["id"] == "q-0")["differences"]
+    assert row["differences"]["q-5"]["mean"] == pytest.approx(means["q-50"] - means["q-5"])
+
+
+def test_arms_with_other_settings_are_compared_and_are_no_curve(tmp_path):
+    study, results = read(learned(tmp_path, {"q-0": 0, "q-5": 5}, {"q-5": {"epsilon": 0.5}}))
+    assert draw_learning(results["arms"], styles(study.arms, None), "digits-mlp") is None
+    row = next(row for row in results["arms"] if row["id"] == "q-5")
+    assert row["differences"]["q-0"]["roles"] == ["same agent"]
