@@ -353,7 +353,9 @@ def test_the_transformer_study_is_what_was_promised():
 def test_names_of_studies(tmp_path):
     with pytest.raises(UnknownNameError, match="unknown study 'demmo'; did you mean 'demo'"):
         load_study("demmo")
-    with pytest.raises(InputError, match=r"there is no study file .*nowhere.yaml; give a YAML file, or one of: adaptive-tuning"):
+    with pytest.raises(
+        InputError, match=r"there is no study file .*nowhere.yaml; give a YAML file, or one of: adaptive-tuning"
+    ):
         load_study(tmp_path / "nowhere.yaml")
     with pytest.raises(InputError, match=r"cannot read the study file .*: Is a directory"):
         read_yaml(tmp_path)
