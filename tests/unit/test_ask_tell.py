@@ -15,6 +15,7 @@ from gymnasium import spaces
 import trimtab
 import trimtab.envs
 from trimtab import HyperParameterOptimizer
+from trimtab.agents.base import Actions
 from trimtab.errors import BrainError, InputError, UnknownNameError
 from trimtab.experience import ExperienceStore
 from trimtab.storage import load_state, save_state
@@ -182,9 +183,18 @@ def test_a_wrong_environment_is_one_error() -> None:
     with pytest.raises(InputError, match="expected different names"):
         HyperParameterOptimizer(wrong)
     wrong.hyperparameters = ("lr",)  # type: ignore[attr-defined]
-    tuner = HyperParameterOptimizer(wrong, {"intervention_threshold": 0})
     with pytest.raises(InputError, match=r"names 1 hyperparameters \(lr\), and its action has 2 values"):
-        tuner.optimize_hyperparameters(np.zeros(4))
+        HyperParameterOptimizer(wrong)
+    late = Named()
+    late.decode = lambda action: [1.0]  # type: ignore[method-assign]
+    tuner = HyperParameterOptimizer(late, {"intervention_threshold": 0, "min_distance": 5})
+    for _ in range(2):  # an answer that could not be given has not been given
+        with pytest.raises(InputError, match=r"names 2 hyperparameters \(lr, dropout\), and its action has 1 values"):
+            tuner.optimize_hyperparameters(np.zeros(4))
+    nothing = Foreign(spaces.MultiDiscrete([1, 1]))
+    nothing.no_change_action = np.array([0, 0])  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="has nothing to choose but no change"):
+        HyperParameterOptimizer(nothing)
 
 
 def test_what_is_told_must_belong_to_what_was_asked() -> None:
@@ -374,6 +384,208 @@ def test_the_gate_acts_in_the_one_state_where_it_helps_and_nowhere_else(agent: s
         shares.append(judged(tuner, seed))
     assert min(shares) >= 0.9, shares
     assert float(np.mean(last)) >= 0.85, last
+
+
+@pytest.mark.parametrize("outlier", [-100.0, -1e6])
+def test_one_extreme_reward_does_not_blind_the_gate(outlier: float) -> None:
+    tuner = HyperParameterOptimizer(Foreign(), {**CONFIG, "seed": 43})
+    play(tuner, 120, 43)
+    tuner.optimize_hyperparameters(np.eye(4)[0])
+    tuner.learn_from_intervention(np.eye(4)[1], outlier, False)
+    play(tuner, 120, 44)
+    assert judged(tuner, 2) >= 0.9
+    assert tuner.learner.gate.reward_std < 1.5
+
+
+def test_one_extreme_observation_does_not_blind_the_gate() -> None:
+    tuner = HyperParameterOptimizer(Foreign(), {**CONFIG, "seed": 45})
+    play(tuner, 120, 45)
+    tuner.optimize_hyperparameters(np.eye(4)[0] + 1e6)
+    tuner.learn_from_intervention(np.eye(4)[1], 0.0, False)
+    play(tuner, 120, 46)
+    assert judged(tuner, 3) >= 0.9
+
+
+def test_cheap_tasks_come_before_the_run_and_leave_it_as_it_was(tmp_path: Path) -> None:
+    knobs = ("lr", "weight_decay")
+    own = gymnasium.make("trimtab/Training-v0", task="digits-mlp", scale="smoke", knobs=knobs)
+    cheap = gymnasium.make("trimtab/Training-v0", task="digits-cnn", scale="smoke", knobs=knobs, lr=0.09)
+    config = {**QUICK, "intervention_threshold": 0, "burn_in": 2, "experience_dir": tmp_path}
+    tuner = HyperParameterOptimizer(own, config)
+    tuner.learn(cheap, 9)  # before `own` was ever reset
+    observation, _ = own.reset(seed=0)
+    acted = []
+    for _ in range(3):
+        answer = tuner.optimize_hyperparameters(observation)
+        acted.append(answer is not None)
+        tuner.learn_from_intervention(observation, 0.0, answer is not None)
+    assert acted == [False, False, True]
+    assert sum(header.transitions for header in ExperienceStore(tmp_path).headers()) == 9
+
+
+def test_an_action_that_the_guard_took_the_place_of_is_no_intervention() -> None:
+    cheap: Any = gymnasium.make("trimtab/Training-v0", task="digits-mlp", scale="smoke", knobs=("lr",), lr=1e-3)
+    rolled: list[bool] = []
+    original = cheap.step
+
+    def step(action: Any) -> Any:
+        out = original(action)
+        rolled.append(out[4]["rolled_back"])
+        return out
+
+    cheap.step = step
+    spec = cheap.unwrapped.control_spec
+    tuner = HyperParameterOptimizer(cheap, {**QUICK, "intervention_threshold": 0})
+    huge = np.array([1.0])
+    tuner.learner.proposals.propose = lambda x, rng: np.repeat(huge[None], len(x), 0)  # type: ignore[method-assign]
+    tuner.learn(cheap, 8)
+    expected = [not was for was in [False, *rolled[:-1]]]
+    assert tuner.learner.batch.intervened.tolist() == expected
+    assert not all(expected)
+    assert spec.actions.kind == "decades"
+
+
+def test_the_fingerprint_is_of_the_spaces_and_the_spec() -> None:
+    def fingerprint(env: Any) -> str:
+        return HyperParameterOptimizer(env, QUICK).fingerprint
+
+    space = spaces.Box(np.array([0.123456789]), np.array([1.0]), dtype=np.float64)
+    other = spaces.Box(np.array([0.1234567891]), np.array([1.0]), dtype=np.float64)
+    first = fingerprint(Foreign(observation_space=space))
+    with np.printoptions(precision=2):
+        assert fingerprint(Foreign(observation_space=space)) == first
+    assert fingerprint(Foreign(observation_space=other)) != first
+    decades = Actions("decades")
+    specs = [trimtab.ControlSpec(signals=("progress",), actions=decades, penalty=number) for number in (-1.0, -2.0)]
+    ours = [gymnasium.make("trimtab/Training-v0", task="digits-mlp", scale="smoke", spec=spec) for spec in specs]
+    assert fingerprint(ours[0]) != fingerprint(ours[1])
+
+
+def test_a_worse_run_does_not_take_the_best_brains_place(tmp_path: Path) -> None:
+    config = {**QUICK, "brain_save_dir": tmp_path, "intervention_threshold": 1}
+    HyperParameterOptimizer(Foreign(), config).save_brain()  # before anything was learned: no best yet
+    assert not (tmp_path / "best.safetensors").exists()
+    for rewards, expected in (([-1.0] * 20, 20), ([-9.0] * 30, 20), ([-0.5] * 40, 40)):
+        tuner = HyperParameterOptimizer(Foreign(), config)
+        for reward in rewards:
+            tuner.optimize_hyperparameters(np.zeros(4))
+            tuner.learn_from_intervention(np.zeros(4), reward, False)
+        tuner.save_brain()
+        assert len(load_state(tmp_path / "best.safetensors")["learner"]["batch.rewards"]) == expected
+
+
+def test_a_brain_goes_on_to_the_bit_under_another_seed_and_in_mid_question(tmp_path: Path) -> None:
+    config = {**CONFIG, **QUICK, "brain_save_dir": tmp_path}
+    one = HyperParameterOptimizer(Foreign(), {**config, "seed": 5})
+    play(one, 60, 1)
+    one.optimize_hyperparameters(np.zeros(4))
+    one.save_brain()
+    two = HyperParameterOptimizer(Foreign(), {**config, "seed": 6})
+    two.load_brain()
+    for tuner in (one, two):
+        tuner.learn_from_intervention(np.ones(4), 0.5, False)
+    assert play(one, 60, 2) == play(two, 60, 2)
+    first, second = one.learner.state_dict(), two.learner.state_dict()
+    assert all(torch.equal(v, second[k]) if isinstance(v, torch.Tensor) else v == second[k] for k, v in first.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("proposals.n_updates", "x"),
+        ("gate.numbers", ["x"] * 7),
+        ("gate.weights0", torch.full((10, 4, 32), math.nan)),
+        ("batch.actions", torch.full((40, 2), 50.0)),
+        ("rng", {"bit_generator": "PCG64"}),
+    ],
+)
+def test_a_brain_that_is_wrong_inside_changes_nothing(tmp_path: Path, key: str, value: Any) -> None:
+    tuner = HyperParameterOptimizer(Foreign(), {**QUICK, "brain_save_dir": tmp_path})
+    play(tuner, 40, 0)
+    path = tuner.save_brain()
+    state = load_state(path)
+    other = HyperParameterOptimizer(Foreign(), {**QUICK, "brain_save_dir": tmp_path, "seed": 9})
+    before = other.learner.state_dict()
+    save_state(path, {**state, "learner": {**state["learner"], key: value}})
+    with pytest.raises(BrainError, match="it is torn or foreign, save it anew"):
+        other.load_brain()
+    after = other.learner.state_dict()
+    assert all(torch.equal(v, after[k]) if isinstance(v, torch.Tensor) else v == after[k] for k, v in before.items())
+
+
+def test_no_exploration_leaves_it_to_the_threshold() -> None:
+    tuner = HyperParameterOptimizer(Foreign(), {**QUICK, "intervention_threshold": 0.999, "exploration": 0})
+    for _ in range(30):
+        assert tuner.optimize_hyperparameters(np.zeros(4)) is None
+        tuner.learn_from_intervention(np.zeros(4), 0.0, False)
+
+
+def test_what_lies_on_no_change_is_no_intervention() -> None:
+    env = Foreign(spaces.Box(0.0, np.inf, (1,)))
+    env.no_change_action = np.array([0.0])  # type: ignore[attr-defined]
+    tuner = HyperParameterOptimizer(env, {**QUICK, "intervention_threshold": 0})
+    answers = [tuner.optimize_hyperparameters(np.zeros(4)) for _ in range(60)]
+    assert None in answers
+    assert all(answer is None or answer["action_0"] > 0 for answer in answers)
+
+
+def test_only_what_was_told_moves_the_clocks() -> None:
+    tuner = HyperParameterOptimizer(Foreign(), {**QUICK, "intervention_threshold": 0, "burn_in": 1, "min_distance": 3})
+    for _ in range(4):
+        assert tuner.optimize_hyperparameters(np.zeros(4), deterministic=True) is None  # asked, not told
+    tuner.learn_from_intervention(np.zeros(4), 0.0, False)
+    assert tuner.optimize_hyperparameters(np.zeros(4)) is not None
+    tuner.learn_from_intervention(np.zeros(4), 0.0, False)  # not followed: the next may come at once
+    assert tuner.optimize_hyperparameters(np.zeros(4)) is not None
+
+
+def test_no_transition_is_lost_before_it_is_stored(tmp_path: Path) -> None:
+    config = {**QUICK, "experience_dir": tmp_path, "max_transitions": 64, "train_frequency_max": 25}
+    tuner = HyperParameterOptimizer(Foreign(), config)
+    play(tuner, 150, 0)
+    tuner.close()
+    assert [header.transitions for header in ExperienceStore(tmp_path).headers()] == [64, 64, 22]
+
+
+def test_a_broken_folder_of_experience_keeps_neither_the_run_nor_the_brain(tmp_path: Path) -> None:
+    folder = tmp_path / "experience"
+    tuner = HyperParameterOptimizer(Foreign(), {**QUICK, "experience_dir": folder, "brain_save_dir": tmp_path})
+    folder.write_text("a file")
+    tuner.optimize_hyperparameters(np.zeros(4))
+    with pytest.warns(RuntimeWarning, match="this run's transitions were not stored"):
+        tuner.learn_from_intervention(np.zeros(4), 0.0, False, terminated=True)
+    with pytest.raises(InputError):
+        tuner.save_brain()
+    assert (tmp_path / "latest.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("space", "observation"),
+    [
+        (spaces.Discrete(3, start=1), 0),
+        (spaces.MultiDiscrete([2, 3]), [2, 0]),
+        (spaces.Box(-9, 9, (2,)), [1.0]),
+        (spaces.Dict({"a": spaces.Discrete(2)}), {"b": 1}),
+    ],
+)
+def test_observations_outside_of_their_space_are_refused(space: Any, observation: Any) -> None:
+    tuner = HyperParameterOptimizer(Foreign(observation_space=space), QUICK)
+    with pytest.raises(InputError, match="does not fit"):
+        tuner.optimize_hyperparameters(observation)
+
+
+def test_tensors_are_observations_too() -> None:
+    tuner = HyperParameterOptimizer(Foreign(), QUICK)
+    tuner.optimize_hyperparameters(torch.ones(4, requires_grad=True))
+    for reward in (True, "1.5", 10**400):
+        with pytest.raises(InputError, match="expected one number"):
+            tuner.learn_from_intervention(np.zeros(4), reward, False)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="terminated is 'False'; expected True or False"):
+        tuner.learn_from_intervention(np.zeros(4), 0.0, False, terminated="False")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="config is a int; expected a dict"):
+        HyperParameterOptimizer(Foreign(), 5)  # type: ignore[arg-type]
+    numbers = {"n_steps": np.int64(512), "learning_rate": np.float32(3e-4)}
+    assert HyperParameterOptimizer(Foreign(), numbers).options.n_steps == 512
 
 
 def test_it_is_a_public_name() -> None:

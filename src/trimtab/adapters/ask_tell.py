@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import spaces
 
 from trimtab.agents.base import Array
 from trimtab.agents.intervention import Batch
 from trimtab.agents.tuner import InterventionLearner, TunerOptions, make_options
-from trimtab.errors import BrainError, InputError, OutputError, unknown_name, warn
+from trimtab.errors import BrainError, InputError, unknown_name, warn
 from trimtab.experience import ExperienceStore, Transitions
 from trimtab.storage import load_state, save_state
 from trimtab.version import __version__
@@ -29,6 +30,7 @@ from trimtab.version import __version__
 __all__ = ["HyperParameterOptimizer"]
 
 FORMAT, VERSION = "trimtab-tuner", 1
+_LEAST = 10  # decisions, before which a mean reward says too little to be the best
 LATEST, BEST = "latest.safetensors", "best.safetensors"
 _OWN = ("brain_save_dir", "experience_dir", "seed")
 _COLUMNS = ("intervened", "log_prob")  # of a transition, beside what every experience has
@@ -62,6 +64,8 @@ class HyperParameterOptimizer:
     """
 
     def __init__(self, env: Any, config: Mapping[str, Any] | None = None) -> None:
+        if config is not None and not isinstance(config, Mapping):
+            raise InputError(f"config is a {type(config).__name__}; expected a dict of settings, or None")
         given = dict(config or {})
         known = [*(item.name for item in fields(TunerOptions)), *_OWN]
         for key in given:
@@ -83,12 +87,18 @@ class HyperParameterOptimizer:
         self._inner = inner
         self._names = _names_of(inner)
         self._no_change = getattr(inner, "no_change_action", None)
-        flat = spaces.flatten_space(self._space)
+        try:
+            flat: gymnasium.Space[Any] = spaces.flatten_space(self._space)
+        except NotImplementedError:
+            flat = self._space
         if not isinstance(flat, spaces.Box) or not flat.shape[0]:
             raise InputError(f"observation space {self._space}; expected one that flattens to a Box of numbers")
         self.learner = InterventionLearner(
             flat.shape[0], _space_of(env, "action_space"), self.options, no_change=self._no_change, seed=seed
         )
+        n_columns = self.learner.code.n_columns
+        if self._names is not None and not hasattr(inner, "decode") and len(self._names) != n_columns:
+            raise _names_differ(self._names, n_columns)
         self.last_action: Any = self._no_change
         self.probability = float("nan")
         self._asked: tuple[Array, Array, bool] | None = None
@@ -123,20 +133,23 @@ class HyperParameterOptimizer:
                 are names.
         """
         seen = self._flatten(observation)
+        intervenes, proposed = self._decide(seen, deterministic=deterministic)
+        action = self.learner.code.decode(proposed[0]) if intervenes else self._no_change
+        answer = self._by_name(action) if intervenes else None
+        self._asked, self.last_action = (seen, proposed, intervenes), action
+        return answer
+
+    def _decide(self, seen: Array, *, deterministic: bool = False) -> tuple[bool, Array]:
+        """Whether to intervene, and what with, (1, K)."""
         acts, probability, proposed = self.learner.decide(seen, deterministic=deterministic)
         self.probability = float(probability[0])
-        options = self.options
-        may_act = self._count >= options.burn_in and self._since >= options.min_distance
-        intervenes = bool(acts[0]) and may_act
-        self._count += 1
-        self._asked = (seen, proposed, intervenes)
-        if not intervenes:
-            self._since += 1
-            self.last_action = self._no_change
-            return None
-        self._since = 1
-        self.last_action = self.learner.code.decode(proposed[0])
-        return self._by_name(self.last_action)
+        may_act = self._count >= self.options.burn_in and self._since >= self.options.min_distance
+        # A Gaussian that is cut at its bounds may come to lie on the action that changes nothing.
+        code = self.learner.code
+        is_nothing = code.no_change is not None and np.array_equal(
+            np.asarray(code.decode(proposed[0])), np.asarray(code.decode(code.no_change))
+        )
+        return bool(acts[0]) and may_act and not is_nothing, proposed
 
     def learn_from_intervention(
         self, new_observation: Any, reward: float, intervened: bool, *, terminated: bool = False
@@ -154,25 +167,38 @@ class HyperParameterOptimizer:
         """
         if self._asked is None:
             raise InputError("learn_from_intervention() before optimize_hyperparameters(); ask first")
-        if not isinstance(intervened, (bool, np.bool_)):
-            raise InputError(f"intervened is {intervened!r}; expected True or False")
+        for key, value in (("intervened", intervened), ("terminated", terminated)):
+            if not isinstance(value, (bool, np.bool_)):
+                raise InputError(f"{key} is {value!r}; expected True or False")
         seen, proposed, was_told = self._asked
         if intervened and not was_told:
             raise InputError("intervened is True, but the answer was None: nothing was there to be applied")
         try:
+            if isinstance(reward, (str, bool)):
+                raise TypeError("no number")
             number = float(reward)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"reward is {reward!r}; expected one number") from None
         then = self._flatten(new_observation)
         self._asked = None
-        ends, did = np.array([bool(terminated)]), np.array([bool(intervened)])
-        self.learner.record(seen, proposed, np.array([number]), then, ends, did)
-        if terminated:
-            self._count, self._since = 0, self.options.min_distance
+        self._take_in(seen, proposed, number, then, did=bool(intervened), ends=bool(terminated))
+        is_full = self.learner.n_seen - self._n_stored >= self.options.max_transitions
+        if terminated or (is_full and self._store is not None):
             try:
                 self.close()
-            except OutputError as error:  # a full disk must not end the training that is being watched
+            except InputError as error:  # a full disk must not end the training that is being watched
                 warn(f"this run's transitions were not stored: {error}")
+
+    def _take_in(self, seen: Array, proposed: Array, reward: float, then: Array, *, did: bool, ends: bool) -> None:
+        """Record one decision, and count it."""
+        self.learner.record(seen, proposed, np.array([reward]), then, np.array([ends]), np.array([did]))
+        self._count += 1
+        self._since = 1 if did else self._since + 1
+        if ends:
+            self._begin_run()
+
+    def _begin_run(self) -> None:
+        self._count, self._since = 0, self.options.min_distance
 
     @property
     def fingerprint(self) -> str:
@@ -183,8 +209,11 @@ class HyperParameterOptimizer:
         """Add this run's transitions to "experience_dir", as a file of their own; without one there is nothing to do.
 
         Raises:
-            OutputError: It cannot be written.
+            InputError: They cannot be stored (OutputError: the folder cannot be written).
         """
+        self._close(type(self._inner).__name__)
+
+    def _close(self, task: str) -> None:
         batch, first = self.learner.batch, self._n_stored
         new = batch.numbers >= first
         if self._store is None or not new.any():
@@ -200,7 +229,7 @@ class HyperParameterOptimizer:
             {"intervened": batch.intervened[new], "log_prob": batch.log_probs[new]},
         )
         spec = {"knobs": list(names), "signals": signals, **self._identity()}
-        run = {"task": type(self._inner).__name__, "agent": f"tuner, {self.options.agent}"}
+        run = {"task": task, "agent": f"tuner, {self.options.agent}"}
         self._store.append(transitions, spec=spec, fingerprint=self.fingerprint, run=run)
         self._n_stored = self.learner.n_seen
 
@@ -223,16 +252,24 @@ class HyperParameterOptimizer:
             raise InputError("learn: the environment has no `no_change_action`, so that it cannot be left alone")
         if isinstance(total_timesteps, bool) or not isinstance(total_timesteps, int) or total_timesteps < 1:
             raise InputError(f"total_timesteps is {total_timesteps!r}; expected a whole number of 1 or more")
-        observation, _ = env.reset(seed=self.learner.draw_seed())
-        for _ in range(total_timesteps):
-            answer = self.optimize_hyperparameters(observation)
-            action = nothing if answer is None else self.last_action
-            observation, reward, terminated, truncated, _ = env.step(action)
-            self.learn_from_intervention(observation, float(reward), answer is not None, terminated=bool(terminated))
-            if terminated or truncated:
-                observation, _ = env.reset()
-                self._count, self._since = 0, self.options.min_distance
         self._asked = None
+        self._begin_run()
+        observation, infos = env.reset(seed=self.learner.draw_seed())
+        for _ in range(total_timesteps):
+            seen = self._flatten(observation)
+            acts, proposed = self._decide(seen)
+            # After a roll-back ours does what the guard says, and the action counts for nothing.
+            acts = acts and not infos.get("rolled_back", False)
+            action = self.learner.code.decode(proposed[0]) if acts else nothing
+            observation, reward, terminated, truncated, infos = env.step(action)
+            then = self._flatten(observation)
+            self._take_in(seen, proposed, float(reward), then, did=acts, ends=bool(terminated))
+            if terminated or truncated:
+                self._close(type(inner).__name__)
+                observation, infos = env.reset()
+                self._begin_run()
+        self._close(type(inner).__name__)
+        self._begin_run()
         return self
 
     # ---- keeping ------------------------------------------------------------------------------------------------
@@ -242,9 +279,9 @@ class HyperParameterOptimizer:
 
         Args:
             path: File; None writes "latest.safetensors" in `brain_save_dir` and, where the running mean of the reward
-                is the best of all that were saved so, "best.safetensors" beside it.
+                is the best of all that were saved so, after ten decisions or more, "best.safetensors" beside it.
 
-        Transitions since the last time go to "experience_dir", where there is one.
+        Transitions since the last time go to "experience_dir" afterwards, where there is one.
 
         Returns:
             The file.
@@ -252,9 +289,10 @@ class HyperParameterOptimizer:
         Raises:
             OutputError: It cannot be written.
         """
-        self.close()
         mean = self.learner.gate.recent_reward
-        is_best = path is None and (self._best is None or mean > self._best)
+        if path is None and self._best is None:
+            self._best = _best_of(self._folder / BEST)
+        is_best = path is None and self.learner.gate.n_decisions >= _LEAST and (self._best is None or mean > self._best)
         if is_best:
             self._best = mean
         state = {
@@ -264,6 +302,7 @@ class HyperParameterOptimizer:
             "spaces": self._identity(),
             "config": asdict(self.options),
             "counts": [self._count, self._since],
+            "asked": None if self._asked is None else [_tensor(part) for part in self._asked],
             "best": self._best,
             "learner": self.learner.state_dict(),
         }
@@ -271,6 +310,7 @@ class HyperParameterOptimizer:
         save_state(place, state)
         if is_best:
             save_state(self._folder / BEST, state)
+        self.close()
         return place
 
     def load_brain(self, path: str | Path | None = None) -> None:
@@ -303,18 +343,24 @@ class HyperParameterOptimizer:
         try:
             count, since = (int(number) for number in state["counts"])
             best = None if state["best"] is None else float(state["best"])
+            asked = None if state["asked"] is None else [part.numpy() for part in state["asked"]]
             self.learner.load_state_dict(state["learner"])
             self._n_stored = self.learner.n_seen
         except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise BrainError(f"{place}: {error}; it is torn or foreign, save it anew") from error
-        self._count, self._since, self._best, self._asked = count, since, best, None
+        self._count, self._since, self._best = count, since, best
+        self._asked = None if asked is None else (asked[0], asked[1], bool(asked[2]))
 
     def _identity(self) -> dict[str, Any]:
         names = None if self._names is None else list(self._names)
+        code = self.learner.code
+        control = getattr(self._inner, "control_spec", None)
         return {
-            "observations": str(self._space),
-            "actions": str(self.learner.code.space),
+            "observations": _describe(self._space),
+            "actions": _describe(code.space),
+            "no_change": None if code.no_change is None else code.no_change.tolist(),
             "hyperparameters": names,
+            "spec": getattr(control, "fingerprint", None),
         }
 
     # ---- small things -------------------------------------------------------------------------------------------
@@ -325,8 +371,16 @@ class HyperParameterOptimizer:
         Raises:
             InputError: It does not fit the space.
         """
+        if callable(getattr(observation, "detach", None)):
+            observation = observation.detach().cpu().numpy()
         try:
-            flat = np.asarray(spaces.flatten(self._space, observation), dtype=np.float64).ravel()
+            if isinstance(self._space, spaces.Box):  # as numbers: a small whole type has neither -1 nor NaN
+                flat = np.asarray(observation, dtype=np.float64).ravel()
+            else:
+                whole = isinstance(self._space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary))
+                if whole and not self._space.contains(np.asarray(observation, dtype=self._space.dtype)):
+                    raise ValueError("it is not in the space")
+                flat = np.asarray(spaces.flatten(self._space, observation), dtype=np.float64).ravel()
             expected = spaces.flatdim(self._space)
             if len(flat) != expected:
                 raise ValueError(f"{len(flat)} numbers where the space has {expected}")
@@ -346,10 +400,7 @@ class HyperParameterOptimizer:
         numbers = _plain(values)
         names = [f"action_{n}" for n in range(len(numbers))] if self._names is None else self._names
         if len(names) != len(numbers):
-            raise InputError(
-                f"the environment names {len(names)} hyperparameters ({', '.join(names)}), and its action has "
-                f"{len(numbers)} values: {numbers}; make `hyperparameters` and `decode` agree"
-            )
+            raise _names_differ(names, len(numbers))
         return dict(zip(names, numbers, strict=True))
 
 
@@ -362,17 +413,56 @@ def _batch_of(transitions: Transitions) -> Batch:
         transitions.next_observations.astype(np.float64),
         transitions.terminated,
         transitions.extra["intervened"].astype(np.bool_),
-        transitions.extra["log_prob"].astype(np.float64),
+        # 0 where there were no probabilities (DQN): so far off that PPO leaves it out, while the gate learns from it.
+        np.where(transitions.extra["log_prob"] == 0, 1e9, transitions.extra["log_prob"]).astype(np.float64),
         np.zeros(len(transitions), dtype=np.int64),
     )
 
 
+def _names_differ(names: Sequence[str], count: int) -> InputError:
+    return InputError(
+        f"the environment names {len(names)} hyperparameters ({', '.join(names)}), and its action has {count} values; "
+        "make `hyperparameters` and `decode` agree"
+    )
+
+
+def _describe(space: gymnasium.Space[Any]) -> str:
+    """A space with all that makes two of them different; `str` rounds bounds, as NumPy prints at the time."""
+    if isinstance(space, spaces.Box):
+        bounds = hashlib.sha256(space.low.tobytes() + space.high.tobytes()).hexdigest()[:12]
+        return f"Box({space.dtype}, {space.shape}, bounds {bounds})"
+    if isinstance(space, spaces.MultiDiscrete):
+        return f"MultiDiscrete({space.nvec.tolist()}, start {np.asarray(space.start).tolist()})"
+    if isinstance(space, spaces.Dict):
+        return f"Dict({', '.join(f'{key}: {_describe(part)}' for key, part in space.spaces.items())})"
+    if isinstance(space, spaces.Tuple):
+        return f"Tuple({', '.join(map(_describe, space.spaces))})"
+    return str(space)
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(value, dtype=np.float64))
+
+
+def _best_of(path: Path) -> float | None:
+    """Mean reward of the best brain that was saved before; None where there is none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        best = load_state(path)["best"]
+        return None if best is None else float(best)
+    except (InputError, KeyError, TypeError, ValueError):
+        return None
+
+
 def _plain(values: Any) -> list[Any]:
     """An action, or what a `decode` gave, as a list of Python's own values."""
-    if isinstance(values, str) or np.ndim(values) == 0:
+    if callable(getattr(values, "detach", None)):
+        values = values.detach().cpu().numpy()
+    if isinstance(values, np.ndarray):
+        values = values.ravel().tolist()
+    elif isinstance(values, str) or not isinstance(values, Iterable):
         values = [values]
-    elif isinstance(values, np.ndarray):
-        values = values.ravel()
     return [value.item() if isinstance(value, np.generic) else value for value in values]
 
 

@@ -4,13 +4,13 @@ Called by `agents.tuner`. Its output is the probability that acting now beats le
 `min_gain`, and it acts where that lies above a threshold, which moves within bounds as interventions pay or do not.
 
 Two differences are learned, each by every member of an ensemble (s: signals, g: 1 if something was changed, else 0; r:
-reward in units of its standard deviation around its mean; V: mean of m + v over members, from a copy that is renewed):
+reward in standard deviations around its mean, extremes clipped; V: the member's own m + v, of a copy that is renewed):
 
     r                 ~  m(s) + (g - 1/2) a(s)         what acting changes in the reward that follows at once
     gamma V(s') - c   ~  v(s) + (g - 1/2) b(s)         and in all that comes after it; c is the batch's mean
 
     A(s) = a(s) + k b(s),   k = mean(b)^2 / (mean(b)^2 + var(b))       over members
-    p(s) = Phi((mean(A) - min_gain) / std(A))
+    p(s) = Phi((mean(A) - min_gain) / std(A)),         over members too
 
 Members differ by their first weights, by a fixed random function that is added to their a, and by how often each
 transition counts (Poisson(1)), so that they disagree where little was seen. Sources: bootstrapped ensembles with random
@@ -44,6 +44,8 @@ EARLY = 100  # decisions after which half of what was drawn at random at first s
 REACH = 1.0  # how far the logit of the threshold may move from where it began
 STEP = 0.05  # and how far one intervention moves it
 SURE = 0.02  # probabilities this near to 0 or 1 are explored no more than at last, once EARLY decisions were taken
+FENCE = 5.0  # numbers further than so many times the range of the middle 90 % beyond it are taken to be there
+NEWEST = 2000  # rewards that their mean and standard deviation are of
 _TABLE = 4096  # transitions after which the counts of the bootstrap repeat
 
 
@@ -82,7 +84,7 @@ class InterventionGate:
         min_gain: What acting must win to be worth it, in standard deviations of the reward.
         exploration: Least share of decisions at which a coin decides instead; n decisions in, max(this, 1 / (1 + n /
             100)), and from the hundredth on no more than this where the probability is below 0.02 or above 0.98.
-            Without it nothing would be learned of what is never tried.
+            Without it nothing would be learned of what is never tried. 0 turns it off.
         stagnation: Decisions without a new best running mean of the reward after which the threshold falls.
         seed: Of first weights, exploration and minibatches.
 
@@ -110,12 +112,15 @@ class InterventionGate:
         self._prior = [tensor.detach() for tensor in _first_weights(n_signals, 1, 1.0, generator)]
         self._prior[1] = 0.5 * torch.randn(self._prior[1].shape, generator=generator)
         self._optimizer = torch.optim.AdamW(self._weights, RATE, weight_decay=DECAY)
-        self._counts = numpy_generator(seed, "gate bootstrap").poisson(1.0, (_TABLE, MEMBERS))
+        self._seed = seed
+        self._counts = _bootstrap(seed)
         self._rng = numpy_generator(seed, "gate")
         self._center, self._scale = np.zeros(n_signals), np.ones(n_signals)
         self._later_mean = 0.0  # c of the last minibatches
         self._shift = 0.0  # of the threshold's logit
-        self._moments = np.zeros(3)  # count, mean, sum of squares of all rewards
+        self._rewards = np.zeros(0)  # the newest
+        self._moments = (0.0, 1.0)  # their mean and standard deviation, extremes clipped
+        self._limits = (-math.inf, math.inf)  # that rewards are clipped to
         self._recent = self._best_recent = 0.0
         self._since_best = 0
         self.n_decisions = self.n_stagnations = 0
@@ -141,25 +146,24 @@ class InterventionGate:
         """What the probability has to lie above now."""
         if self.is_fixed:
             return self._first_threshold
-        logit = math.log(self._first_threshold / (1 - self._first_threshold)) + self._shift
-        return 1 / (1 + math.exp(-logit))
+        odds = self._first_threshold / (1 - self._first_threshold) * math.exp(self._shift)
+        return odds / (1 + odds)
 
     @property
     def exploration(self) -> float:
         """Share of decisions at which a coin decides now."""
-        return 0.0 if self.is_fixed else max(self._exploration, 1 / (1 + self.n_decisions / EARLY))
+        is_off = self.is_fixed or self._exploration == 0
+        return 0.0 if is_off else max(self._exploration, 1 / (1 + self.n_decisions / EARLY))
 
     @property
     def reward_mean(self) -> float:
-        """Mean of all rewards."""
-        return float(self._moments[1])
+        """Mean of the newest 2000 rewards, extremes clipped."""
+        return self._moments[0]
 
     @property
     def reward_std(self) -> float:
         """Their standard deviation; 1 before there are two different ones."""
-        count, _, squares = self._moments
-        std = math.sqrt(squares / count) if count > 1 else 0.0
-        return std if std > 0 else 1.0
+        return self._moments[1]
 
     @property
     def recent_reward(self) -> float:
@@ -176,11 +180,10 @@ class InterventionGate:
         with torch.no_grad():
             _, at_once, _, later = self._heads(self.normalize(observation), self._weights)
         a, b = at_once.double().numpy(), later.double().numpy()
-        mean, spread = b.mean(0), b.var(0)
-        share = mean**2 / (mean**2 + spread + 1e-12)
-        gain = a.mean(0) + share * mean - self._min_gain
-        std = np.sqrt(a.var(0) + share**2 * spread) + 1e-6
-        return np.clip([normal_cdf(z) for z in gain / std], 1e-9, 1 - 1e-9)
+        mean = b.mean(0)
+        gains = a + mean**2 / (mean**2 + b.var(0) + 1e-12) * b
+        z = (gains.mean(0) - self._min_gain) / (gains.std(0) + 1e-6)
+        return np.clip([normal_cdf(number) for number in z], 1e-9, 1 - 1e-9)
 
     def decide(self, observation: Array, *, deterministic: bool) -> tuple[npt.NDArray[np.bool_], Array]:
         """Whether to act, and p; (R, S) -> (R,), (R,)."""
@@ -203,12 +206,13 @@ class InterventionGate:
         """
         is_success = self.advantages(batch, of_acting=False) > self._min_gain
         for reward, intervened, success in zip(batch.rewards, batch.intervened, is_success, strict=True):
-            count = self._moments[0]
-            self._count(reward)
-            self._recent = reward if count == 0 else self._recent + 0.1 * (reward - self._recent)
+            is_first = not len(self._rewards)
+            self._count(np.array([reward]))
+            reward = min(max(reward, self._limits[0]), self._limits[1])
+            self._recent = reward if is_first else self._recent + 0.1 * (reward - self._recent)
             self._since_best += 1
             has_stagnated = self._since_best >= self._stagnation
-            if count == 0 or has_stagnated or self._recent > self._best_recent:
+            if is_first or has_stagnated or self._recent > self._best_recent:
                 self._best_recent, self._since_best = self._recent, 0
             self.n_stagnations += has_stagnated
             if intervened:
@@ -219,16 +223,26 @@ class InterventionGate:
 
     def take_in_earlier(self, batch: Batch) -> None:
         """Note decisions of earlier runs: the reward's statistics, and that there is less to explore."""
-        for reward in batch.rewards:
-            self._count(reward)
+        self._count(batch.rewards)
         self._recent = self._best_recent = self.reward_mean
 
-    def _count(self, reward: float) -> None:
-        """One decision more, and the running mean and variance of the rewards (Welford's)."""
-        count, mean, squares = self._moments
-        new_mean = mean + (reward - mean) / (count + 1)
-        self._moments = np.array([count + 1, new_mean, squares + (reward - mean) * (reward - new_mean)])
-        self.n_decisions += 1
+    def _count(self, rewards: Array) -> None:
+        """So many decisions more, and the mean and standard deviation of the newest rewards."""
+        self._rewards = np.concatenate([self._rewards, rewards])[-NEWEST:]
+        self._sum_up()
+        self.n_decisions += len(rewards)
+
+    def _sum_up(self) -> None:
+        clipped = _fenced(self._rewards)
+        if len(clipped):
+            std = float(clipped.std())
+            self._moments = (float(clipped.mean()), std if std > 0 else 1.0)
+            self._limits = (float(clipped.min()), float(clipped.max()))
+
+    def begin(self, observations: Array) -> None:
+        """Take the first signals ever seen for the mean, until there is one; (N, S)."""
+        finite = np.where(np.isfinite(observations), observations, 0.0)
+        self._center = finite.mean(0)
 
     def fill(self, observation: Array) -> Array:
         """The same, with the mean of what was seen in place of numbers that are not finite; (R, S)."""
@@ -263,8 +277,9 @@ class InterventionGate:
             timesteps: Transitions to draw from them, in minibatches.
             batch_size: Of a minibatch.
         """
-        std = batch.observations.std(0)
-        self._center, self._scale = batch.observations.mean(0), np.where(std > 1e-6, std, 1.0)
+        seen = _fenced(batch.observations)
+        std = seen.std(0)
+        self._center, self._scale = seen.mean(0), np.where(std > 1e-6, std, 1.0)
         now, then = self.normalize(batch.observations), self.normalize(batch.next_observations)
         rewards = torch.from_numpy(self.scaled(batch.rewards)).float()
         alive = torch.from_numpy(1.0 - batch.terminated).float()
@@ -288,8 +303,8 @@ class InterventionGate:
             self._optimizer.step()
 
     def scaled(self, rewards: Array) -> Array:
-        """Rewards in standard deviations around their mean; (N,)."""
-        return np.asarray((rewards - self.reward_mean) / self.reward_std)
+        """Rewards in standard deviations around their mean, extremes clipped; (N,)."""
+        return np.asarray((np.clip(rewards, *self._limits) - self.reward_mean) / self.reward_std)
 
     def _heads(self, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
         """m, a, v and b of every member; (N, S) -> four of (members, N)."""
@@ -311,7 +326,8 @@ class InterventionGate:
             }
             state |= {f"adam{n}.{key}": value.detach().clone() for key, value in kept.items()}
         state["signals"] = torch.from_numpy(np.stack([self._center, self._scale]))
-        state["moments"] = torch.from_numpy(self._moments.copy())
+        state["rewards"] = torch.from_numpy(self._rewards.copy())
+        state["seed"] = self._seed
         state["numbers"] = [getattr(self, key) for key in _NUMBERS]
         state["rng"] = self._rng.bit_generator.state
         return state
@@ -326,11 +342,12 @@ class InterventionGate:
         if set(state) != set(mine):
             raise InputError(f"gate: the state has the keys {sorted(state)}; expected {sorted(mine)}")
         for key, value in mine.items():
-            if isinstance(value, Tensor) and getattr(state[key], "shape", None) != value.shape:
+            if key != "rewards" and isinstance(value, Tensor) and getattr(state[key], "shape", None) != value.shape:
                 given = tuple(getattr(state[key], "shape", ()))
                 raise InputError(f"gate: {key} has the shape {given}; expected {tuple(value.shape)}")
-        if len(state["numbers"]) != len(_NUMBERS):
-            raise InputError(f"gate: {len(state['numbers'])} numbers; expected {len(_NUMBERS)}")
+        numbers = state["numbers"]
+        if len(numbers) != len(_NUMBERS) or not all(isinstance(number, (int, float)) for number in numbers):
+            raise InputError(f"gate: the numbers are {numbers}; expected {len(_NUMBERS)} of them")
         load_generator(self._rng, state["rng"], "gate")
         with torch.no_grad():
             for name, tensors in (("weights", self._weights), ("prior", self._prior)):
@@ -340,12 +357,29 @@ class InterventionGate:
             kept = {key: state[f"adam{n}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
             self._optimizer.state[weights] = kept
         self._center, self._scale = (row.copy() for row in state["signals"].double().numpy())
-        self._moments = state["moments"].double().numpy().copy()
+        self._rewards = state["rewards"].double().numpy().copy()
+        self._sum_up()
+        self._seed = int(state["seed"])
+        self._counts = _bootstrap(self._seed)
         for key, value in zip(_NUMBERS, state["numbers"], strict=True):
             setattr(self, key, value)
 
 
 _NUMBERS = ("_later_mean", "_shift", "_recent", "_best_recent", "_since_best", "n_decisions", "n_stagnations")
+
+
+def _bootstrap(seed: int) -> npt.NDArray[np.int64]:
+    """How often each transition counts for each member; (4096, members)."""
+    return numpy_generator(seed, "gate bootstrap").poisson(1.0, (_TABLE, MEMBERS))
+
+
+def _fenced(numbers: Array) -> Array:
+    """Columns without their extremes, which else would be all that a mean and a standard deviation speak of."""
+    if not len(numbers):
+        return numbers
+    low, high = np.percentile(numbers, [5, 95], axis=0)
+    reach = np.where(high > low, FENCE * (high - low), np.inf)
+    return np.clip(numbers, low - reach, high + reach)
 
 
 def _first_weights(n_signals: int, n_outputs: int, size: float, generator: torch.Generator) -> list[Tensor]:

@@ -88,6 +88,8 @@ class ActionCode:
         if not self.n_columns:
             raise InputError(f"action space {space} has nothing to choose")
         self.no_change = None if no_change is None else self.encode(no_change)
+        if self.no_change is not None and self.sizes and max(self.sizes) == 1:
+            raise InputError(f"action space {space} has nothing to choose but no change")
 
     def encode(self, action: Any) -> Array:
         """(K,) of an action of the space.
@@ -95,7 +97,10 @@ class ActionCode:
         Raises:
             InputError: The space does not contain it.
         """
-        given = np.asarray(action, dtype=self.space.dtype)
+        try:
+            given = np.asarray(action, dtype=self.space.dtype)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"action {action!r} is not in the action space {self.space}: {error}") from error
         value: Any = int(given) if isinstance(self.space, spaces.Discrete) and given.shape == () else given
         if not self.space.contains(value):
             raise InputError(f"action {action!r} is not in the action space {self.space}")
@@ -215,7 +220,7 @@ class Proposals(ABC):
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
             state |= {f"adam{n}.{key}": value.detach().clone() for key, value in kept.items()}
-        return {**state, "n_updates": self._n_updates}
+        return {**state, "n_updates": self._n_updates, "seed": self._seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`.
@@ -229,12 +234,13 @@ class Proposals(ABC):
         for key, value in mine.items():
             if isinstance(value, Tensor) and getattr(state[key], "shape", None) != value.shape:
                 raise InputError(f"proposals: {key} does not have the shape {tuple(value.shape)}")
+        n_updates, seed = int(state["n_updates"]), int(state["seed"])
         policy = self.model.policy
         policy.load_state_dict({k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")})
         for n, parameter in enumerate(self._learned()):
             kept = {key: state[f"adam{n}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
             policy.optimizer.state[parameter] = kept
-        self._n_updates = int(state["n_updates"])
+        self._n_updates, self._seed = n_updates, seed
 
     def _learned(self) -> list[nn.Parameter]:
         return [p for group in self.model.policy.optimizer.param_groups for p in group["params"]]

@@ -86,7 +86,7 @@ class TunerOptions:
     max_transitions: int = 20_000
 
     def __post_init__(self) -> None:
-        if self.agent not in KINDS:
+        if not isinstance(self.agent, str) or self.agent not in KINDS:
             raise unknown_name("agent of the tuner", self.agent, KINDS)
         for item in fields(self):
             value = getattr(self, item.name)
@@ -94,7 +94,7 @@ class TunerOptions:
                 continue
             is_whole = isinstance(item.default, int)
             low = 0 if item.name in _FROM_ZERO else 1
-            high = 1.0 if item.name in _SHARES else math.inf
+            high = 1.0 if item.name in (*_SHARES, "learning_rate") else math.inf
             kinds = int if is_whole else (int, float)
             fits = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
             if (
@@ -106,8 +106,8 @@ class TunerOptions:
                     f"a whole number of {low} or more"
                     if is_whole
                     else "a number in [0, 1]"
-                    if high == 1.0
-                    else "a number above 0"
+                    if item.name in _SHARES
+                    else "a number above 0 and up to 1"
                     if item.name == "learning_rate"
                     else "a number of 0 or more"
                 )
@@ -116,6 +116,14 @@ class TunerOptions:
             low_value, high_value = getattr(self, low_name), getattr(self, high_name)
             if low_value > high_value:
                 raise InputError(f"{low_name} is {low_value}, above {high_name}, {high_value}; exchange them")
+        for name in ("n_steps", "max_transitions"):
+            if getattr(self, name) < self.batch_size:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, below batch_size, {self.batch_size}: nothing would ever be "
+                    "learned; give a smaller batch_size"
+                )
+        if self.batch_size < 2:
+            raise InputError("batch_size is 1; expected 2 or more, since advantages are compared within a minibatch")
 
 
 _FROM_ZERO = ("burn_in",)
@@ -140,7 +148,6 @@ class InterventionLearner:
         code: How actions are written as columns.
         gate: Whether to act.
         proposals: What to change.
-        batch: All transitions that are remembered, the oldest first.
         n_trainings: Trainings so far.
 
     Raises:
@@ -179,12 +186,22 @@ class InterventionLearner:
         self._rng = numpy_generator(seed, "tuner")
         self._n_signals = n_signals
         self._n_seen = self._since = self.n_trainings = 0
-        self.batch = self._empty()
+        self._lowest: float | None = None  # reward that was finite
+        self._kept, self._new = self._empty(), list[Batch]()
 
     def reseed(self, seed: int) -> None:
         """Begin exploration anew from a seed."""
         self._rng = numpy_generator(seed, "tuner")
         self.gate.reseed(derive_seed(seed, "gate"))
+
+    @property
+    def batch(self) -> Batch:
+        """All transitions that are remembered, the oldest first."""
+        if self._new:
+            newest = slice(-self.options.max_transitions, None)
+            columns = zip(self._kept, *self._new, strict=True)
+            self._kept, self._new = Batch(*(np.concatenate(column)[newest] for column in columns)), []
+        return self._kept
 
     def draw_seed(self) -> int:
         """A seed for an environment."""
@@ -233,9 +250,15 @@ class InterventionLearner:
         A reward that is not finite counts as one standard deviation below the lowest that is remembered, a signal that
         is not as the mean of what was seen.
         """
+        if not self._n_seen:
+            self.gate.begin(np.asarray(observations, dtype=np.float64))
         observations, next_observations = self.gate.fill(observations), self.gate.fill(next_observations)
         x = self.gate.normalize(observations)
-        floor = float(self.batch.rewards.min(initial=0.0)) - self.gate.reward_std
+        finite = rewards[np.isfinite(rewards)]
+        if len(finite):
+            lowest = float(finite.min())
+            self._lowest = lowest if self._lowest is None else min(self._lowest, lowest)
+        floor = (self._lowest or 0.0) - self.gate.reward_std
         new = Batch(
             np.asarray(observations, dtype=np.float64),
             np.asarray(actions, dtype=np.float64),
@@ -263,8 +286,7 @@ class InterventionLearner:
         count = len(batch.rewards)
         batch = batch._replace(numbers=np.arange(self._n_seen, self._n_seen + count))
         self._n_seen += count
-        newest = slice(-self.options.max_transitions, None)
-        self.batch = Batch(*(np.concatenate(pair)[newest] for pair in zip(self.batch, batch, strict=True)))
+        self._new.append(batch)
 
     def train(self, timesteps: int) -> None:
         """Learn from what is remembered: when to act, then what to change."""
@@ -292,6 +314,7 @@ class InterventionLearner:
             **{f"batch.{key}": _tensor(column) for key, column in self.batch._asdict().items()},
             "rng": self._rng.bit_generator.state,
             "counts": [self._n_seen, self._since, self.n_trainings],
+            "lowest": self._lowest,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -304,26 +327,31 @@ class InterventionLearner:
         if set(state) != set(mine):
             wrong = sorted(set(state) ^ set(mine))
             raise InputError(f"tuner: the state lacks or has beyond what is expected: {', '.join(wrong)}")
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
+                raise InputError(f"tuner: {key} holds numbers that are not finite")
+        try:
+            self._load(state)
+        except Exception as error:
+            self._load(mine)
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"tuner: the state does not fit: {type(error).__name__}: {error}") from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         parts: dict[str, dict[str, Any]] = {"gate": {}, "proposals": {}, "batch": {}}
         for key, value in state.items():
             owner, _, name = key.partition(".")
             if name:
                 parts[owner][name] = value
         batch = self._batch_of(parts["batch"])
-        try:
-            rng = np.random.default_rng(0)
-            rng.bit_generator.state = state["rng"]
-            n_seen, since, n_trainings = (int(count) for count in state["counts"])
-        except (TypeError, ValueError, KeyError) as error:
-            raise InputError(f"tuner: rng or counts are not what was saved ({error})") from error
-        before = self.gate.state_dict()
+        rng = np.random.default_rng(0)
+        rng.bit_generator.state = state["rng"]
+        n_seen, since, n_trainings = (int(count) for count in state["counts"])
+        lowest = None if state["lowest"] is None else float(state["lowest"])
         self.gate.load_state_dict(parts["gate"])
-        try:
-            self.proposals.load_state_dict(parts["proposals"])
-        except InputError:
-            self.gate.load_state_dict(before)
-            raise
-        self.batch, self._rng = batch, rng
+        self.proposals.load_state_dict(parts["proposals"])
+        self._kept, self._new, self._rng, self._lowest = batch, [], rng, lowest
         self._n_seen, self._since, self.n_trainings = n_seen, since, n_trainings
 
     def _batch_of(self, columns: Mapping[str, torch.Tensor]) -> Batch:
@@ -334,6 +362,9 @@ class InterventionLearner:
             if column.shape != (n, *empty.shape[1:]):
                 raise InputError(f"tuner: batch.{name} has the shape {column.shape}; expected {(n, *empty.shape[1:])}")
             made[name] = column
+        sizes = np.array(self.code.sizes)
+        if len(sizes) and not ((made["actions"] >= 0) & (made["actions"] < sizes)).all():
+            raise InputError(f"tuner: batch.actions lie outside of the choices, {sizes.tolist()}")
         return Batch(**made)
 
 
@@ -507,7 +538,9 @@ def make_options(given: Mapping[str, Any]) -> TunerOptions:
     for key in given:
         if key not in known:
             raise unknown_name("option of the tuner", key, known)
-    return TunerOptions(**given)
+    return TunerOptions(
+        **{key: value.item() if isinstance(value, np.generic) else value for key, value in given.items()}
+    )
 
 
 def _factors(given: str | Sequence[float]) -> tuple[float, ...]:

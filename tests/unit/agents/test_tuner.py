@@ -40,6 +40,10 @@ def feed(learner: InterventionLearner, rewards: np.ndarray, intervened: bool = T
         ({"burn_in": -1}, "burn_in is -1; expected a whole number of 0 or more"),
         ({"min_gain": -1}, "min_gain is -1; expected a number of 0 or more"),
         ({"train_frequency_min": 26}, "train_frequency_min is 26, above train_frequency_max, 25; exchange them"),
+        ({"n_steps": 32}, "n_steps is 32, below batch_size, 64: nothing would ever be learned"),
+        ({"max_transitions": 5}, "max_transitions is 5, below batch_size, 64: nothing would ever be learned"),
+        ({"batch_size": 1}, "batch_size is 1; expected 2 or more"),
+        ({"agent": ["ppo"]}, "unknown agent of the tuner"),
         (
             {"training_timesteps_max": 10},
             "training_timesteps_min is 5000, above training_timesteps_max, 10; exchange them",
@@ -91,7 +95,7 @@ def test_a_closed_gate_trains_nothing() -> None:
 
 
 def test_the_oldest_transitions_go_first() -> None:
-    learner = make(max_transitions=10, train_frequency_max=100, train_frequency_min=100)
+    learner = make(max_transitions=10, batch_size=4, train_frequency_max=100, train_frequency_min=100)
     feed(learner, np.arange(25.0))
     assert learner.batch.rewards.tolist() == list(range(15, 25))
     assert learner.batch.numbers.tolist() == list(range(15, 25))
@@ -101,8 +105,11 @@ def test_a_reward_that_is_not_finite_counts_as_worse_than_all() -> None:
     learner = make(train_frequency_min=100, train_frequency_max=100)
     feed(learner, np.array([1.0, 3.0, float("nan"), float("-inf")]))
     assert learner.batch.rewards[:2].tolist() == [1.0, 3.0]
-    assert learner.batch.rewards[2] == pytest.approx(0.0 - 1.0)  # below 0, the floor of rewards that are all positive
-    assert learner.batch.rewards[3] < learner.batch.rewards[2]
+    assert learner.batch.rewards[2] == pytest.approx(1.0 - 1.0)  # the lowest, less the standard deviation of 1 and 3
+    assert learner.batch.rewards[3] == pytest.approx(1.0 - np.std([1.0, 3.0, 0.0]))
+    for _ in range(100):
+        feed(learner, np.array([2.0, float("nan")]))
+    assert learner.batch.rewards.min() > -5.0  # what stands for NaN does not drag itself down
 
 
 def test_earlier_runs_count_as_experience() -> None:
