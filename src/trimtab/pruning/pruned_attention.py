@@ -115,13 +115,7 @@ class PrunedAttention(nn.Module):
                 raise InputError(f"{name} of an attention is {number!r}; give a whole number from 1")
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
             raise InputError(f"dropout of an attention is {dropout!r}; give a probability from 0 to 1")
-        self.heads = tuple(range(n_heads) if heads is None else heads)
-        places = set(range(self.dense_heads))
-        if len(self.heads) != n_heads or not set(self.heads) <= places or sorted(set(self.heads)) != list(self.heads):
-            raise InputError(
-                f"heads of an attention are {list(self.heads)}; give {n_heads} different places (n_heads) in ascending "
-                f"order, from 0 to {self.dense_heads - 1} (dense_heads)"
-            )
+        self.heads = tuple(range(n_heads)) if heads is None else _places(heads, n_heads, self.dense_heads)
         width = n_heads * head_dim
         packed = self.kdim == self.vdim == embed_dim
         # One parameter for all three where torch has one; the encoder of torch looks for it by this name.
@@ -305,3 +299,13 @@ def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _places(heads: Sequence[int], n_heads: int, dense_heads: int) -> tuple[int, ...]:
+    is_list = isinstance(heads, (list, tuple)) and all(_is_whole(head) and 0 <= head < dense_heads for head in heads)
+    if not is_list or len(heads) != n_heads or sorted(set(heads)) != list(heads):
+        raise InputError(
+            f"heads of an attention are {heads!r}; give {n_heads} different places (n_heads) in ascending order, "
+            f"from 0 to {dense_heads - 1} (dense_heads)"
+        )
+    return tuple(heads)
