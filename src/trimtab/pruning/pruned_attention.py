@@ -1,8 +1,12 @@
 """pruned_attention: an attention of which some heads are gone, in the place of an `nn.MultiheadAttention`.
 
 Made by `attention.cut_heads`, and from its `options` by whoever builds a pruned network again. What torch's encoder and
-its layers look at in an attention is here too (torch 2.6 to 2.13): `batch_first`, `num_heads`, `in_proj_weight`,
+its layers look at in an attention is here too (read in torch 2.13): `batch_first`, `num_heads`, `in_proj_weight`,
 `in_proj_bias`, `out_proj` and `_qkv_same_embed_dim`.
+
+It never takes torch's fused path (evaluation, no gradients). That path mistakes masks that are added to scores for
+boolean ones (`nn.TransformerEncoderLayer` of torch 2.13), so with such masks the dense layer computes there something
+else than in training; this one does not.
 
 Shapes: N sequences, L queries, S keys, E = embed_dim, h heads of d numbers each.
 """
