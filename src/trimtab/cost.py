@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from trimtab.errors import InputError
 
-__all__ = ["Cost", "as_inputs", "count_cost", "size_of"]
+__all__ = ["Cost", "as_inputs", "count_by_module", "count_cost", "size_of"]
 
 
 @dataclass(frozen=True)
@@ -91,21 +91,42 @@ def count_cost(model: nn.Module, example_inputs: object) -> Cost:
     """
     inputs = as_inputs(example_inputs)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _left_as_it_was(model), torch.enable_grad(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as mode:
-        model.train()
-        try:
-            outputs = model(*inputs)
-        except Exception as error:  # whatever the user's forward raises
-            raise InputError(
-                f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}; give inputs "
-                "that the network takes in training, on its device"
-            ) from error
+    with _left_as_it_was(model), torch.enable_grad(), _counter() as mode:
+        outputs = _run(model, inputs)
         forward = mode.get_total_flops()
         leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if leaves and parameters:
             torch.autograd.grad([leaf.sum() for leaf in leaves], parameters, allow_unused=True)
         step = mode.get_total_flops()
     return Cost(forward, step, *size_of(model))
+
+
+def count_by_module(model: nn.Module, example_inputs: object) -> dict[str, int]:
+    """FLOPs of one forward pass by dotted module name, what modules hold included; the whole network's under "".
+
+    Counted as in `count_cost`, which see for arguments and errors.
+    """
+    with _left_as_it_was(model), torch.enable_grad(), _counter() as mode:
+        _run(model, as_inputs(example_inputs))
+        counts = {name: sum(of_operation.values()) for name, of_operation in mode.get_flop_counts().items()}
+    root = type(model).__name__
+    found = {name.removeprefix(f"{root}."): n for name, n in counts.items() if name.startswith(f"{root}.")}
+    return found | {"": counts.get("Global", 0)}
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    model.train()
+    try:
+        return model(*inputs)
+    except Exception as error:  # whatever the user's forward raises
+        raise InputError(
+            f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}; give inputs "
+            "that the network takes in training, on its device"
+        ) from error
 
 
 @contextmanager

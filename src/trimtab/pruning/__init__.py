@@ -1,5 +1,6 @@
-"""pruning: parts of a trained network physically taken out, and the widths that are worth keeping.
+"""pruning: what of a trained network can be taken away, what it would cost then, how good it would be, and the cut.
 
-Knows no reinforcement learning. `attention` takes heads and feed-forward units out of torch's own transformer modules,
-into which `trimtab.surgery` cannot look.
+Knows no reinforcement learning. `parts` and `network` say what can be chosen, `importance` which units go first,
+`slicing` and `attention` cut, `costs` and `latency` count, `allocations` are the rules without learning that every
+search is compared with, `evaluation` scores hundreds of choices for the price of tens, `saving` keeps the result.
 """
