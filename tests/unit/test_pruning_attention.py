@@ -196,6 +196,15 @@ def test_keys_and_values_that_are_not_the_same_tensor():
     torch.testing.assert_close(cut(*inputs)[0], masked(*inputs)[0], **EXACT)
 
 
+def test_the_hint_is_believed_as_in_torch():
+    masked, cut = both(filled(Alone()), {"attention": KEPT})
+    x, no_mask = drawn(L, N, E), torch.zeros(L, L, dtype=torch.float64)
+    hinted = cut(x, x, x, attn_mask=no_mask, is_causal=True, need_weights=False)[0]
+    torch.testing.assert_close(hinted, masked(x, x, x, attn_mask=CAUSAL, need_weights=False)[0], **EXACT)
+    unhinted = cut(x, x, x, attn_mask=no_mask, need_weights=False)[0]
+    torch.testing.assert_close(unhinted, masked(x, x, x, need_weights=False)[0], **EXACT)
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_dropout_acts_in_training_alone(need_weights: bool):
     masked, cut = both(filled(Alone(dropout=1.0)), {"attention": KEPT})
