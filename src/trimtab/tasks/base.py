@@ -161,6 +161,9 @@ class Task:
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of a batch, 0-dim.
 
+        A classifier with one output, (B, 1), tells two classes apart: the output is the logit of class 1, and the loss
+        is the binary cross-entropy, equal to the cross-entropy of the two logits 0 and that one.
+
         Args:
             outputs: (B, C) logits, (B,) or (B, 1) predictions, or (B, T, V) logits of text.
             targets: (B,) classes or numbers, or (B, T) next tokens.
@@ -169,7 +172,28 @@ class Task:
             return F.mse_loss(outputs.reshape(targets.shape), targets)
         if self.kind == "language-modelling":
             return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+        if _is_one_logit(outputs):
+            return F.binary_cross_entropy_with_logits(outputs.squeeze(1), targets.to(outputs.dtype))
         return F.cross_entropy(outputs, targets)
+
+    def predicted_classes(self, outputs: Tensor, n_classes: int) -> Tensor:
+        """The class that a classifier gives each sample; (B,) int64.
+
+        Args:
+            outputs: (B, C) logits, or (B, 1) logits of class 1, as for `loss`.
+            n_classes: How many there are.
+
+        Raises:
+            InputError: There is one output a sample, and the classes are not two.
+        """
+        if not _is_one_logit(outputs):
+            return outputs.argmax(dim=1)
+        if n_classes != 2:
+            raise InputError(
+                f"task {self.name!r}: the network has one output, which tells two classes apart, and there are "
+                f"{n_classes}; give it {n_classes} outputs"
+            )
+        return (outputs.squeeze(1) > 0).long()
 
 
 def pick(scale: str, choices: Mapping[str, _T]) -> _T:
@@ -181,6 +205,10 @@ def pick(scale: str, choices: Mapping[str, _T]) -> _T:
     if scale not in choices:
         raise unknown_name("scale", scale, choices)
     return choices[scale]
+
+
+def _is_one_logit(outputs: Tensor) -> bool:
+    return outputs.dim() == 2 and outputs.shape[1] == 1
 
 
 def _is_count(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Networks of the tasks: MLP, small convolutional networks, three classifiers of sentences, and a GPT.
+"""Networks of the tasks: MLP, small convolutional networks, four classifiers of sentences, and a GPT.
 
 Called by the task modules. Weights are drawn from torch's global generator, which the training loop lends.
 
@@ -28,12 +28,15 @@ __all__ = [
     "BiLSTM",
     "BiLSTMDense",
     "GPTConfig",
+    "LSTMDense",
     "MeanEmbedding",
     "cifar10_cnn",
     "conv_dense",
     "digits_cnn",
     "mlp",
     "mnist_cnn",
+    "two_convolutions",
+    "scaled_width",
 ]
 
 PADDING = 0  # the token that fills a sentence up to the common length
@@ -112,6 +115,45 @@ def conv_dense(
             nn.Flatten(), nn.Dropout(dropout), nn.Linear(units * places, units), nn.ReLU(), nn.Linear(units, n_classes),
         ),
     )  # fmt: skip
+
+
+def two_convolutions(channels: int, side: int, n_classes: int, widths: tuple[int, int, int]) -> nn.Sequential:
+    """Conv2D, Conv2D, MaxPool, Flatten, Dense, Output: (B, channels, side, side) -> (B, n_classes).
+
+    Convolutions are 3 x 3 without padding, pooling is 2 x 2, and all but the output have ReLU. There is neither dropout
+    nor normalisation: what a unit is worth stands in its weights alone.
+
+    Args:
+        channels: Of an image.
+        side: Its height and width, at least 6.
+        n_classes: Logits.
+        widths: Filters of the first and of the second convolution, units of the dense layer.
+    """
+    first, second, dense = widths
+    places = ((side - 4) // 2) ** 2
+    return nn.Sequential(
+        nn.Conv2d(channels, first, 3), nn.ReLU(),
+        nn.Conv2d(first, second, 3), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(second * places, dense), nn.ReLU(), nn.Linear(dense, n_classes),
+    )  # fmt: skip
+
+
+def scaled_width(n_filters: int, width: float) -> int:
+    """Filters of a layer of a network that is made wider or narrower as a whole.
+
+    Args:
+        n_filters: At a width of 1.
+        width: Factor; the result is rounded.
+
+    Raises:
+        InputError: No filter is left, or `width` is no finite number.
+
+    >>> scaled_width(64, 0.25)
+    16
+    """
+    if not 0 < width < math.inf or round(n_filters * width) < 1:
+        raise InputError(f"width is {width!r}; expected a factor that leaves at least one of {n_filters} filters: 0.25")
+    return round(n_filters * width)
 
 
 class MeanEmbedding(nn.Module):
@@ -206,6 +248,40 @@ class BiLSTMDense(nn.Module):
         states, _ = self.lstm(words)
         padded, _ = pad_packed_sequence(states, batch_first=True)  # (B, L, 2 units), zeros behind each sentence
         logits: Tensor = self.head(self.dense(self.dropout(padded.sum(1) / lengths)).relu())
+        return logits
+
+
+class LSTMDense(nn.Module):
+    """Embedding, LSTM, dense layer with ReLU, output: tokens (B, L) -> (B, 1), the logit of the second of two classes.
+
+    The dense layer reads the LSTM's state behind each sentence's last word. Padding stands behind that, so the LSTM
+    runs over all L tokens and nothing has to be packed: what a batch costs depends on its shape alone.
+
+    Args:
+        vocab_size: V, `PADDING` included.
+        width: Of an embedding.
+        units: Of the LSTM.
+        dense: Units of the dense layer.
+    """
+
+    def __init__(self, vocab_size: int, width: int = 64, *, units: int = 128, dense: int = 64) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, width, padding_idx=PADDING)
+        self.lstm = nn.LSTM(width, units, batch_first=True)
+        self.dense = nn.Linear(units, dense)
+        self.head = nn.Linear(dense, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits; padding changes nothing.
+
+        Args:
+            tokens: (B, L) int64, each row a sentence of one token or more, filled up with `PADDING` behind it.
+        """
+        is_word = tokens.ne(PADDING)  # (B, L)
+        is_last = is_word & is_word.cumsum(1).eq(is_word.sum(1, keepdim=True))
+        states, _ = self.lstm(self.tokens(tokens))  # (B, L, units)
+        last = (states * is_last.unsqueeze(2)).sum(1)  # the one state that is taken
+        logits: Tensor = self.head(self.dense(last).relu())
         return logits
 
 

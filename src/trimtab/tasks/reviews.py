@@ -1,9 +1,9 @@
 """Reviews: IMDb, whether a film review is positive.
 
-Called by `trimtab.tasks.tuning`. The published train set is cut into train and val with a fixed seed, stratified (the
-file has all negative reviews first, so it is never read in its order); the published test set is the test split. A
-review that the train file has more than once is taken once, so that no text of val is a text of train too. The
-published test set is left as it is: 123 of its 25,000 reviews are in the train file, word for word.
+Called by `trimtab.tasks.tuning` and `trimtab.tasks.pruning`. The published train set is cut into train and val with a
+fixed seed, stratified (the file has all negative reviews first, so it is never read in its order); the published test
+set is the test split. A review that the train file has more than once is taken once, so that no text of val is a text
+of train too. The published test set is left as it is: 123 of its 25,000 reviews are in the train file, word for word.
 
 | scale | train / val / test | words | tokens of a review |
 |---|---|---|---|
@@ -65,19 +65,21 @@ def split_words(text: str, n_words: int | None = None) -> str:
     return " ".join(match.group() for match in islice(found, n_words))
 
 
-def load_imdb(data_dir: Path | None, *, scale: str) -> Data:
+def load_imdb(data_dir: Path | None, *, scale: str, sizes: tuple[int, int, int] | None = None) -> Data:
     """Read IMDb: inputs (B, L), tokens of the beginnings of reviews.
 
     Args:
         data_dir: Folder with the folder `imdb`; None for the hub.
         scale: "smoke", "small" or "full".
+        sizes: Reviews of train, val and test instead of the scale's; more than there are give all.
 
     Raises:
         MissingDataError: It is not there.
         InputError: A file is broken, or not what it should be.
         UnknownNameError: There is no such scale.
     """
-    sizes, n_words, length = pick(scale, _PRESETS)
+    usual, n_words, length = pick(scale, _PRESETS)
+    sizes = sizes or usual
     if data_dir is None:
         paths = hub.fetch(_SOURCE, _REPO_ID, {split: f"{_FOLDER}/{split}-*.parquet" for split in ("train", "test")})
     else:

@@ -16,7 +16,7 @@ Found through `registry.load("task", ...)`. Splits are fixed: they depend on no 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from trimtab.errors import InputError
@@ -31,7 +32,16 @@ from trimtab.tasks import hub, models
 from trimtab.tasks.base import Data, Split, Task, pick
 from trimtab.tasks.data import Source, decode_images, find, read_parquet, stratified_cuts, train_and_held_out
 
-__all__ = ["cifar10_cnn", "digits_cnn", "digits_mlp", "load_cifar10", "load_digits", "mnist_cnn", "mnist_mlp"]
+__all__ = [
+    "cifar10_cnn",
+    "digits_cnn",
+    "digits_mlp",
+    "load_cifar10",
+    "load_digits",
+    "load_mnist",
+    "mnist_cnn",
+    "mnist_mlp",
+]
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class _ImageSet:
     held_share: int  # one in this many train images is held out for validation
     mean: tuple[float, ...]  # one a channel
     std: tuple[float, ...]
+    border: int = 0  # black pixels that are put around an image
 
 
 _MNIST = _ImageSet(
@@ -222,6 +233,21 @@ def _cifar10_model(data: Data) -> nn.Module:
     return models.cifar10_cnn(int(data.info["n_classes"]))
 
 
+def load_mnist(data_dir: Path | None, *, sizes: tuple[int, int, int], border: int = 0) -> Data:
+    """Read MNIST, scaled to zero mean and unit deviation: inputs (B, 1, 28 + 2 border, 28 + 2 border).
+
+    Args:
+        data_dir: Folder with the folder `mnist`; None for the hub.
+        sizes: Images of train, val and test; more than there are give all.
+        border: Pixels put around an image, black as its background is; the scaling is that without them.
+
+    Raises:
+        MissingDataError: It is not there.
+        InputError: A file is broken, or not what it should be.
+    """
+    return _load_images(data_dir, images=replace(_MNIST, border=border), sizes=sizes)
+
+
 def load_cifar10(data_dir: Path | None, *, sizes: tuple[int, int, int]) -> Data:
     """Read CIFAR-10, scaled to zero mean and unit deviation: inputs (B, 3, 32, 32).
 
@@ -269,5 +295,7 @@ def _images(table: Any, labels: npt.NDArray[Any], rows: npt.NDArray[np.int64], i
     cells = table[images.column].take(rows).to_pylist()
     pixels = decode_images(cells, name, images.size, is_colour=len(images.mean) == 3)
     channels_last = torch.from_numpy(pixels).to(torch.float32).view(len(rows), *images.size, len(images.mean))
+    if images.border:
+        channels_last = F.pad(channels_last, (0, 0, *(images.border,) * 4))
     inputs = channels_last.div_(255).sub_(torch.tensor(images.mean)).div_(torch.tensor(images.std))
     return Split(inputs.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[rows].astype(np.int64)))

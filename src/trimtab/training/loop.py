@@ -329,7 +329,7 @@ class TrainingLoop:
                 outputs = self.model(inputs)
                 total += task.loss(outputs, targets).double() * len(inputs)
             if self._n_classes:
-                cells = targets * self._n_classes + outputs.argmax(dim=1)
+                cells = targets * self._n_classes + task.predicted_classes(outputs, self._n_classes)
                 table += torch.bincount(cells, minlength=self._n_classes**2)
             n_samples += len(inputs)
             n_batches += 1
