@@ -5,7 +5,7 @@ Found through `registry.load("task", ...)`.
 | scale | width | CIFAR-10, train / val / test | MNIST, train / val / test | batch | epochs |
 |---|---|---|---|---|---|
 | full | 1 | 45,000 / 5,000 / 10,000 | 50,000 / 10,000 / 10,000 | 64 | 50 |
-| small | 1/4 | 6,000 / 1,000 / 2,000 | 6,000 / 1,000 / 2,000 | 64 | 5 |
+| small | 1/4 | 6,000 / 1,000 / 2,000 | 6,000 / 1,000 / 2,000 | 64 | 10 |
 | smoke | 1/8 | 640 / 200 / 200 | 640 / 200 / 200 | 32 | 1 |
 
 ResNet-18 reads MNIST's images as they are, 28 x 28. VGG-16 halves its images five times, so it gets them with two black
@@ -30,7 +30,7 @@ __all__ = ["cifar10_resnet18", "cifar10_vgg16", "mnist_resnet18", "mnist_vgg16"]
 _WIDTHS = {"smoke": 1 / 8, "small": 1 / 4, "full": 1.0}
 _CIFAR10_SIZES = {"smoke": (640, 200, 200), "small": (6_000, 1_000, 2_000), "full": (45_000, 5_000, 10_000)}
 _MNIST_SIZES = {"smoke": (640, 200, 200), "small": (6_000, 1_000, 2_000), "full": (50_000, 10_000, 10_000)}
-_BATCH_AND_EPOCHS = {"smoke": (32, 1), "small": (64, 5), "full": (64, 50)}
+_BATCH_AND_EPOCHS = {"smoke": (32, 1), "small": (64, 10), "full": (64, 50)}
 _MNIST_SIDE = 28
 
 
@@ -38,7 +38,7 @@ def cifar10_resnet18(scale: str = "small") -> Task:
     """CIFAR-10, ResNet-18.
 
     Args:
-        scale: "smoke" (20 steps, an eighth of the width), "small" (465 steps, a quarter) or "full" (35,150 steps).
+        scale: "smoke" (20 steps, an eighth of the width), "small" (930 steps, a quarter) or "full" (35,150 steps).
     """
     return _cifar10_task("cifar10-resnet18", scale, _resnet18)
 
@@ -47,7 +47,7 @@ def cifar10_vgg16(scale: str = "small") -> Task:
     """CIFAR-10, VGG-16 with batch norm.
 
     Args:
-        scale: "smoke" (20 steps, an eighth of the width), "small" (465 steps, a quarter) or "full" (35,150 steps).
+        scale: "smoke" (20 steps, an eighth of the width), "small" (930 steps, a quarter) or "full" (35,150 steps).
     """
     return _cifar10_task("cifar10-vgg16", scale, _vgg16)
 
@@ -56,7 +56,7 @@ def mnist_resnet18(scale: str = "small") -> Task:
     """MNIST, ResNet-18.
 
     Args:
-        scale: "smoke" (20 steps, an eighth of the width), "small" (465 steps, a quarter) or "full" (39,050 steps).
+        scale: "smoke" (20 steps, an eighth of the width), "small" (930 steps, a quarter) or "full" (39,050 steps).
     """
     return _mnist_task("mnist-resnet18", scale, _resnet18, 0)
 
@@ -65,7 +65,7 @@ def mnist_vgg16(scale: str = "small") -> Task:
     """MNIST in a black border, VGG-16 with batch norm.
 
     Args:
-        scale: "smoke" (20 steps, an eighth of the width), "small" (465 steps, a quarter) or "full" (39,050 steps).
+        scale: "smoke" (20 steps, an eighth of the width), "small" (930 steps, a quarter) or "full" (39,050 steps).
     """
     return _mnist_task("mnist-vgg16", scale, _vgg16, (SIDE - _MNIST_SIDE) // 2)
 

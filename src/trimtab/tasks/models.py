@@ -35,8 +35,8 @@ __all__ = [
     "digits_cnn",
     "mlp",
     "mnist_cnn",
-    "two_convolutions",
     "scaled_width",
+    "two_convolutions",
 ]
 
 PADDING = 0  # the token that fills a sentence up to the common length

@@ -1,10 +1,10 @@
 """VGG-16 with batch norm in the form that is used on images of 32 x 32: one dense layer instead of three.
 
 Called by `trimtab.tasks.deep_vision`. Source: Simonyan, Zisserman 2014, *Very Deep Convolutional Networks for
-Large-Scale Image Recognition*, arXiv:1409.1556, table 1, column D. Deviations: batch norm behind each convolution, which
-keeps its bias; one dense layer from the 512 filters of the last stage, of which five poolings leave one place, to the
-classes; no dropout. For ten classes and three channels that makes 14,728,266 parameters, the number published for this
-form (Sun et al. 2023, arXiv:2306.16869, table 7). Forms with a second dense layer of 512 have more (14.99 million).
+Large-Scale Image Recognition*, arXiv:1409.1556, table 1, column D. Deviations: batch norm behind each convolution,
+which keeps its bias; one dense layer from the 512 filters of the last stage, of which five poolings leave one place, to
+the classes; no dropout. For ten classes and three channels that makes 14,728,266 parameters, the number published for
+this form (Sun et al. 2023, arXiv:2306.16869, table 7). Forms with a second dense layer of 512 have 14,990,922.
 """
 
 from __future__ import annotations

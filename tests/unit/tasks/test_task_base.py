@@ -78,6 +78,28 @@ def test_losses_have_their_closed_forms():
     assert numbers.item() == 5.0
 
 
+def test_one_logit_is_the_second_of_two_whose_first_is_0():
+    logits = torch.tensor([[2.0], [-1.0], [0.5], [0.0]], dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([1, 1, 0, 0])
+    loss = make_task().loss(logits, targets)
+    both = torch.cat((torch.zeros_like(logits), logits), dim=1)
+    expected = make_task().loss(both, targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert loss.item() == pytest.approx(
+        (math.log1p(math.exp(-2)) + math.log1p(math.exp(1)) + math.log1p(math.exp(0.5)) + math.log(2)) / 4
+    )
+    gradients = [torch.autograd.grad(value, logits)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+    for outputs in (logits, both):
+        assert make_task().predicted_classes(outputs, 2).tolist() == [1, 0, 1, 0]
+
+
+def test_one_logit_cannot_tell_three_classes_apart():
+    text = "task 't': the network has one output, which tells two classes apart, and there are 3; give it 3 outputs"
+    with pytest.raises(InputError, match=re.escape(text)):
+        make_task().predicted_classes(torch.zeros(4, 1), 3)
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_every_task_has_three_scales_and_refuses_others(name):
     make = registry.load("task", name)

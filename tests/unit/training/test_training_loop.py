@@ -203,6 +203,28 @@ def test_measures_of_a_classification_are_the_known_formulas(digits):
     assert (measured["n_samples"], measured["n_batches"]) == (360, 3)
 
 
+def test_one_logit_is_measured_as_two_classes():
+    inputs = torch.tensor([[2.0], [-1.0], [-3.0], [0.5]])
+    split = Split(inputs, torch.tensor([1, 1, 0, 0]))
+    task = Task("t", "none", "classification", lambda path: None, lambda data: nn.Linear(1, 1), batch_size=4, lr=0.1)
+    loop = TrainingLoop(task, Data(split, split, split, {"n_classes": 2}), seed=0)
+    with torch.no_grad():
+        loop.model.weight.fill_(1.0)
+        loop.model.bias.zero_()
+    measured = loop.evaluate("val")
+    losses = [math.log1p(math.exp(-x)) for x in (2.0, -1.0, 3.0, -0.5)]
+    assert measured["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
+    assert (measured["accuracy"], measured["f1"]) == (0.5, 0.5)
+    assert loop.step().item() == pytest.approx(measured["loss"], rel=1e-6)
+    assert loop.evaluate("train")["loss"] < measured["loss"]
+
+
+def test_one_logit_for_ten_classes_is_refused(digits):
+    loop = TrainingLoop(digits_task(make_model=lambda data: nn.Linear(64, 1)), digits, seed=0)
+    with pytest.raises(InputError, match="the network has one output, which tells two classes apart, and there are 10"):
+        loop.evaluate("val")
+
+
 def test_f1_leaves_out_classes_that_never_occur():
     inputs = torch.eye(3)[[0, 0, 1, 1]]
     split = Split(inputs, torch.tensor([0, 0, 1, 0]))
