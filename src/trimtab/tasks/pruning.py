@@ -1,8 +1,8 @@
 """Tasks of the study of pruning: two small networks whose widths are to be chosen, and one of seconds.
 
 Found through `registry.load("task", ...)`. Every one begins with learning rate 0.001, weight decay 0.0001 and Adam, and
-has neither dropout nor normalisation. `full` is the study's write-up: 50 epochs, batches of 128. `small` is what a study
-of five seeds can afford on two cores. Validation is larger than elsewhere, since widths are chosen on it.
+has neither dropout nor normalisation. `full` is the study's write-up: 50 epochs, batches of 128. `small` is what a
+study of five seeds can afford on two cores. Validation is larger than elsewhere, since widths are chosen on it.
 
 | task | network | full | small |
 |---|---|---|---|
@@ -15,8 +15,8 @@ multiply-adds an image. `imdb-pruning` has 19,669,056 a review of 200 tokens (`f
 stand in `trimtab.tasks.reviews`. Its output is the number that the write-up's sigmoid is applied to.
 
 An LSTM that is read behind the last word needs many reviews before it learns: with 64 tokens, the validation accuracy
-was 0.71 after 10 epochs of 6,000 reviews and 0.77 after 5 of 22,414 (one seed), so that `small` has them all. One of its
-1,000 validation reviews begins with the same 64 tokens as another review of train.
+was 0.71 after 10 epochs of 6,000 reviews and 0.77 after 5 of 22,414 (one seed), so that `small` has them all. One of
+its 1,000 validation reviews begins with the same 64 tokens as another review of train.
 """
 
 from __future__ import annotations

@@ -188,6 +188,21 @@ def test_a_step_is_taken_and_every_weight_moves(name, tmp_path):
     assert loop.evaluate("val")["n_samples"] == {"cifar10": 80, "mnist": 133}[task.dataset]
 
 
+@pytest.mark.parametrize("name", ["cifar10-resnet18", "mnist-vgg16"])
+def test_a_restored_run_goes_on_to_the_bit(name, tmp_path):
+    write_cifar10(tmp_path / "cifar10", 800, 200)
+    write_mnist(tmp_path / "mnist", 800, 200)
+    task = registry.load("task", name)("smoke")
+    data = task.load(tmp_path)
+    first, second = (TrainingLoop(task, data, seed=seed) for seed in (0, 1))
+    first.step()
+    second.load_state_dict(first.state_dict())
+    assert [first.step().item() for _ in range(2)] == [second.step().item() for _ in range(2)]
+    assert first.evaluate("val") == second.evaluate("val")  # the running statistics of batch norm too
+    states = [dict(loop.model.state_dict()) for loop in (first, second)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
 @pytest.mark.skipif(REAL is None, reason="TRIMTAB_DATA names no folder with the real sets")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_on_the_real_sets(name):
