@@ -103,6 +103,17 @@ class CachedEvaluator:
         self._steps = _plan(network)
         self._check()
 
+    @classmethod
+    def of(cls, network: PrunableNetwork, validation: object) -> CachedEvaluator:
+        """The evaluator of (inputs, targets).
+
+        Raises:
+            InputError: It is no pair, or see above.
+        """
+        if not isinstance(validation, (tuple, list)) or len(validation) != 2:
+            raise InputError(f"validation is {type(validation).__name__}; expected a pair (inputs, targets)")
+        return cls(network, *validation)
+
     @torch.no_grad()
     def _check(self) -> None:
         """Say a wrong shape now, and not after a search has begun."""
