@@ -396,7 +396,7 @@ def _build_any(name: str, document: Document) -> nn.Module:
     try:
         with torch.device("meta"):
             if entry.kind in REPLACEMENTS:
-                return REPLACEMENTS[entry.kind](**(entry.options or {}))
+                return _build_replacement(name, entry)
             if entry.kind == "Deepened":
                 return _build_deepened(list(children.values()), (entry.options or {})["place"])
             if entry.kind in CONTAINERS:
@@ -411,6 +411,17 @@ def _build_any(name: str, document: Document) -> nn.Module:
         raise InputError(
             f"module {name!r}, a {entry.kind}, cannot be built: {error}; the file is foreign, save it again"
         ) from error
+
+
+def _build_replacement(name: str, entry: ModuleEntry) -> nn.Module:
+    module = REPLACEMENTS[entry.kind](**(entry.options or {}))
+    made = _options_of(module)
+    if made != entry.options:  # nn.Identity takes whatever it is given
+        raise InputError(
+            f"module {name!r}, a {entry.kind}, has the options {entry.options}; made with them it has {made}; the file is "
+            "foreign, save the network again"
+        )
+    return module
 
 
 def _build_deepened(children: list[nn.Module], place: int) -> Deepened:
