@@ -38,11 +38,12 @@ def export_onnx(model: nn.Module, example_inputs: object, path: str | Path, *, c
     The network is copied to the CPU and into evaluation mode first; it is not changed itself. The file takes inputs of
     exactly the shapes of `example_inputs`, the batch included.
 
-    With `check` the new file is run by onnxruntime on `example_inputs`, before it gets its name. A floating-point output
-    may differ from PyTorch's by sqrt(eps) of its dtype times the largest number in it, that is by half of the digits:
-    3.5e-4 in float32, 1.5e-8 in float64. Both sum the same products in another order and take other approximations of
-    exp and tanh, which costs a few units in the last place a layer (at most 1e-6 of the largest number in our tests);
-    an operation that has been exported wrongly shows in the first digits. Other outputs have to be equal.
+    With `check` the new file is run by onnxruntime on `example_inputs`, before it gets its name. A floating-point
+    output may differ from PyTorch's by sqrt(eps) of its dtype times the largest number in it, that is by half of the
+    digits: 3.5e-4 in float32, 1.5e-8 in float64. Both sum the same products in another order and take other
+    approximations of exp and tanh, which costs a few units in the last place a layer (at most 1e-6 of the largest
+    number in our tests); an operation that has been exported wrongly shows in the first digits. Other outputs have to
+    be equal.
 
     Args:
         model: The network.
@@ -135,8 +136,8 @@ def _export(network: nn.Module, inputs: tuple[Any, ...]) -> bytes:
             reason = _COLOUR.sub("", str(error.__cause__ or error))
             lines = [line.strip() for line in reason.splitlines() if line.strip()] or [type(error).__name__]
             raise InputError(
-                f"{type(network).__name__} cannot be exported to ONNX: {lines[0]}; its forward has to be what torch.export "
-                "takes, without branches on data"
+                f"{type(network).__name__} cannot be exported to ONNX: {lines[0]}; its forward has to be what "
+                "torch.export takes, without branches on data"
             ) from error
     if program is None:
         raise InputError("this torch does not export to ONNX through torch.export; upgrade torch")
@@ -159,7 +160,8 @@ def _quiet(name: str) -> Iterator[None]:
 def _compare(raw: bytes, inputs: tuple[Any, ...], expected: list[Array]) -> float:
     runtime = _import("onnxruntime")
     state = _import("onnxruntime.capi.onnxruntime_pybind11_state")
-    errors = tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, *own)
     try:
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors; it writes warnings to the console
@@ -167,11 +169,12 @@ def _compare(raw: bytes, inputs: tuple[Any, ...], expected: list[Array]) -> floa
         names = [value.name for value in session.get_inputs()]
         given = [tensor.numpy() for tensor in _tensors(inputs)]
         found = session.run(None, dict(zip(names, given, strict=True)))
-    except (RuntimeError, ValueError, *errors) as error:
+    except errors as error:
         raise RunFailedError(f"onnxruntime cannot run what was exported: {error}; nothing was written") from error
     if [output.shape for output in found] != [output.shape for output in expected]:
         raise RunFailedError(
-            f"onnxruntime gives outputs of the shapes {_shapes(found)}, PyTorch {_shapes(expected)}; nothing was written"
+            f"onnxruntime gives outputs of the shapes {_shapes(found)}, PyTorch {_shapes(expected)}; nothing was "
+            "written"
         )
     return max((_difference(one, two) for one, two in zip(found, expected, strict=True)), default=0.0)
 

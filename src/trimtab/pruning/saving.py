@@ -418,8 +418,8 @@ def _build_replacement(name: str, entry: ModuleEntry) -> nn.Module:
     made = _options_of(module)
     if made != entry.options:  # nn.Identity takes whatever it is given
         raise InputError(
-            f"module {name!r}, a {entry.kind}, has the options {entry.options}; made with them it has {made}; the file is "
-            "foreign, save the network again"
+            f"module {name!r}, a {entry.kind}, has the options {entry.options}; made with them it has {made}; the file "
+            "is foreign, save the network again"
         )
     return module
 
