@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from trimtab.controller import Controller
     from trimtab.errors import ConflictError, InputError, RunFailedError, TrimtabError
     from trimtab.experiments.run import run
+    from trimtab.pruner.prune import prune
+    from trimtab.pruning.saving import load_pruned
     from trimtab.records import Decision
     from trimtab.safety import Gate, Safety
     from trimtab.spec import ControlSpec
@@ -35,6 +37,8 @@ __all__ = [
     "Safety",
     "TrimtabError",
     "__version__",
+    "load_pruned",
+    "prune",
     "run",
 ]
 
@@ -51,6 +55,8 @@ _HOMES = {
     "RunFailedError": "trimtab.errors",
     "Safety": "trimtab.safety",
     "TrimtabError": "trimtab.errors",
+    "load_pruned": "trimtab.pruning.saving",
+    "prune": "trimtab.pruner.prune",
     "run": "trimtab.experiments.run",
 }
 

@@ -195,7 +195,10 @@ def test_bad_input_is_one_error() -> None:
         (lambda: PrunableNetwork(model, inputs[:, :3]), "Sequential fails on the example inputs"),
         (lambda: PrunableNetwork(Branching(), torch.zeros(1, 2)), "Branching cannot be traced by torch.fx"),
         (lambda: PrunableNetwork(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2)), "nothing of Sequential can be"),
-        (lambda: PrunableNetwork(model, inputs, removal=False), "it has 5 units and is pruned in multiples of 8"),
+        (
+            lambda: PrunableNetwork(nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 2)), inputs),
+            "0: it has one unit; 1: they",
+        ),
         (lambda: PrunableNetwork(model, inputs, multiple=1).cut((1,)), r"\(1,\) has 1 widths; expected 2"),
         (lambda: PrunableNetwork(model, inputs, multiple=1).cut((0, 5)), "width 0 of '0'; expected 1 to 5"),
         (lambda: PrunableNetwork(model, inputs, multiple=1).cut((5, 9)), "width 9 of '2'; expected 0"),

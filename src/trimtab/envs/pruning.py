@@ -20,15 +20,16 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from trimtab.errors import InputError
+from trimtab.errors import InputError, unknown_name
 from trimtab.pruning.budget import Budget, Prunable, Target
 from trimtab.pruning.evaluation import CachedEvaluator
 from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.parts import Configuration, Part
 from trimtab.pruning.scorer import Scorer
 
-__all__ = ["FEATURES", "N_LEVELS", "Problem", "PruningEnv"]
+__all__ = ["ALONE", "FEATURES", "N_LEVELS", "Problem", "PruningEnv", "nearest"]
 
+REWARDS = ("last", "each")
 N_LEVELS = 17  # actions: sixteenths of a part's units, and 0
 KINDS = ("convolution", "linear", "recurrent", "embedding", "heads", "feed-forward")
 QUANTILES = (0.125, 0.25, 0.5, 0.75)
@@ -69,9 +70,12 @@ class PruningEnv(gymnasium.Env[Features, Any]):
     that cannot be for its smallest width. What would break the budget is clipped to the widest that does not; where
     only wider ones are open (the next smaller would take the layer out, which can cost more), to the narrowest.
 
-    The reward is 0 until the last part, then the score of the pruned network on validation: accuracy, or what
-    `evaluate` returns. A network that could not be scored is worth 0, or twice the dense network's score where that is
-    negative. Episodes are `terminated` after the last part and never truncated. `infos` of the last step has "widths",
+    With reward "last" it is 0 until the last part, then the score of the pruned network on validation: accuracy, or
+    what `evaluate` returns. A network that could not be scored is worth 0, or twice the dense network's score where
+    that is negative. With "each", the write-up's, every action is rewarded by the score of the network as it is by
+    then, the parts to come being whole, plus the share of its cost that was saved.
+
+    Episodes are `terminated` after the last part and never truncated. `infos` of a step with a score has "widths",
     "score" and "share" (of the dense network's cost).
 
     Args:
@@ -81,7 +85,8 @@ class PruningEnv(gymnasium.Env[Features, Any]):
         validation: (inputs, targets): scored with memory, see `trimtab.pruning.evaluation`.
         evaluate: Instead of it, a function of a network that returns a float, higher is better.
         multiple: Widths are multiples of it.
-        problem: Instead of all that, a problem; or a function that draws a new one in each episode from a generator.
+        reward: "last" or "each"; see above.
+        problem: Instead of a model, a problem; or a function that draws a new one in each episode from a generator.
 
     Raises:
         InputError: An argument is wrong; the message names it.
@@ -98,13 +103,16 @@ class PruningEnv(gymnasium.Env[Features, Any]):
         validation: object = None,
         evaluate: Callable[[nn.Module], float] | None = None,
         multiple: int = 8,
+        reward: str = "last",
         problem: Problem | Callable[[np.random.Generator], Problem] | None = None,
     ) -> None:
+        if reward not in REWARDS:
+            raise unknown_name("reward", reward, REWARDS)
         if (model is None) == (problem is None):
             raise InputError("give either model=, example_inputs=, target= and validation= or evaluate=, or problem=")
         if problem is None:
             problem = _problem(model, example_inputs, target, validation, evaluate, multiple)
-        self._source = problem
+        self._source, self._reward = problem, reward
         self.problem: Problem | None = problem if isinstance(problem, Problem) else None
         self._fixed: Features = np.zeros((0, 0), dtype=np.float32)
         self._known: Problem | None = None
@@ -135,13 +143,15 @@ class PruningEnv(gymnasium.Env[Features, Any]):
             raise InputError(f"action {action!r}; expected 0 to {N_LEVELS - 1}, sixteenths of the part's units")
         wanted = asked_width(parts[len(self._chosen)], int(action))
         self._chosen.append(clipped(wanted, problem.budget.open_widths(self._chosen)))
-        if len(self._chosen) < len(parts):
+        is_last = len(self._chosen) == len(parts)
+        if not is_last and self._reward == "last":
             return self._observed(), 0.0, False, False, {}
-        widths: Configuration = tuple(self._chosen)
-        score = problem.score(widths)
-        info = {"widths": widths, "score": score, "share": problem.budget.share(widths)}
+        widths: Configuration = (*self._chosen, *problem.network.dense[len(self._chosen) :])
+        score, share = problem.score(widths), problem.budget.share(widths)
         reward = score if math.isfinite(score) else min(0.0, 2 * problem.dense)
-        return np.zeros(len(FEATURES), dtype=np.float32), reward, True, False, info
+        reward += 1 - share if self._reward == "each" else 0.0
+        observation = np.zeros(len(FEATURES), dtype=np.float32) if is_last else self._observed()
+        return observation, reward, is_last, False, {"widths": widths, "score": score, "share": share}
 
     @property
     def _now(self) -> Problem:

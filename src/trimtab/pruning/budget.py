@@ -116,13 +116,7 @@ class Budget:
         self, network: Prunable, target: Target, latency: Callable[[Sequence[int]], float] | None = None
     ) -> None:
         self.network, self.target = network, target
-        costs: dict[str, Callable[[Sequence[int]], float] | None] = {
-            "flops": network.flops, "params": network.parameters, "latency": latency,
-        }  # fmt: skip
-        cost = costs[target.kind]
-        if cost is None:
-            raise InputError("a target of latency needs latencies; give a table that was measured")
-        self.cost: Callable[[Sequence[int]], float] = cost
+        self.cost = cost = self.cost_of(network, target, latency)
         self.dense = cost(network.dense)
         self.limit = target.share * self.dense
         self.floor = floor(network)
@@ -133,6 +127,17 @@ class Budget:
                 f"{least / self.dense:.3g} of the dense network's {target.kind} are left; raise the target, or lower "
                 "multiple or ignore less, so that parts can be smaller"
             )
+
+    @staticmethod
+    def cost_of(
+        network: Prunable, target: Target, latency: Callable[[Sequence[int]], float] | None = None
+    ) -> Callable[[Sequence[int]], float]:
+        """The cost that a target is about, of a configuration; arguments as of the class."""
+        if target.kind == "latency":
+            if latency is None:
+                raise InputError("a target of latency needs latencies; give a table that was measured")
+            return latency
+        return network.flops if target.kind == "flops" else network.parameters
 
     def share(self, configuration: Sequence[int]) -> float:
         """Cost of a configuration in units of the dense network's."""

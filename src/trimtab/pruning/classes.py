@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from trimtab.pruning.pruned_attention import PrunedAttention
 from trimtab.surgery import Deepened, Head
 
 __all__ = ["CONTAINERS", "LAYERS", "REPLACEMENTS", "Kind", "Layer", "layer_of"]
@@ -379,7 +380,7 @@ def _without_weights() -> list[Layer]:
 
 LAYERS: dict[str, Layer] = {layer.name: layer for layer in (*_with_weights(), *_without_weights())}
 CONTAINERS: dict[str, type[nn.Sequential]] = {"Sequential": nn.Sequential, "Head": Head, "Deepened": Deepened}
-REPLACEMENTS: dict[str, type[nn.Module]] = {"Identity": nn.Identity}
+REPLACEMENTS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "PrunedAttention": PrunedAttention}
 
 _BY_CLASS = {layer.kind: layer for layer in LAYERS.values()}
 

@@ -143,6 +143,12 @@ class CachedEvaluator:
             total, n = total + sum_of_batch, n + n_of_batch
         return total / n
 
+    @torch.no_grad()
+    def rate(self, model: nn.Module) -> float:
+        """Mean score on the validation set of any network that takes its inputs."""
+        found = [score_sum(model(*inputs), targets) for inputs, targets in self._batches]
+        return sum(of_batch for of_batch, _ in found) / sum(n for _, n in found)
+
     def outputs(self, configuration: Sequence[int]) -> Tensor:
         """What the network puts out for the validation inputs; (samples, ...)."""
         kept = self._network.kept(configuration)

@@ -27,7 +27,7 @@ from trimtab.surgery.layers import Removal, removals
 from trimtab.surgery.layout import Layout
 from trimtab.surgery.trace import trace
 
-__all__ = ["LocalCut", "PrunableNetwork"]
+__all__ = ["LocalCut", "PrunableNetwork", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PrunableNetwork:
     Args:
         model: Trained; it is copied and never touched.
         example_inputs: A tensor, or a tuple of the forward's positional arguments. FLOPs are those of this batch.
-        multiple: Widths are multiples of it, and the width of the dense network.
+        multiple: Widths are multiples of it, but for narrow parts and the dense width: see `parts.width_grid`.
         importance: One of `trimtab.pruning.importance.IMPORTANCE`; which units go first.
         ignore: Names of layers whose units stay.
         removal: Whether layers may be taken out where they make as much as they read.
@@ -136,7 +136,7 @@ class PrunableNetwork:
             if way.removal is not None:
                 widths = (0, *widths)
             if reason is None and len(widths) < 2:
-                reason = f"it has {group.size} units and is pruned in multiples of {multiple}"
+                reason = "it has one unit"
             if reason is not None:
                 self.refused |= dict.fromkeys(group.producers, reason)
                 continue
@@ -175,7 +175,7 @@ class PrunableNetwork:
         for part, way in parts:
             reason = _ignored((part.name, *part.layers), ignore)
             if reason is None and len(part.widths) < 2:
-                reason = f"it has {part.size} {'head' if part.kind == 'heads' else 'units'}"
+                reason = f"it has one {'head' if part.kind == 'heads' else 'unit'}"
             if reason is None:
                 found.append((part, way))
             else:
@@ -305,6 +305,23 @@ class PrunableNetwork:
     def smallest(self) -> Configuration:
         """Every part at its smallest width."""
         return tuple(part.widths[0] for part in self.parts)
+
+
+def units_of(model: nn.Module, part: Part) -> int:
+    """Units of a part that a pruned network has; 0 where its layer was taken out.
+
+    Args:
+        model: Cut from the network that the part is of, once or several times.
+        part: Of the dense network.
+    """
+    module: Any = model.get_submodule(part.name)
+    if isinstance(module, nn.Identity):
+        return 0
+    if part.kind == "heads":
+        return int(module.num_heads)
+    if isinstance(module, nn.Embedding):
+        return int(module.embedding_dim)
+    return int(module.hidden_size if isinstance(module, nn.RNNBase) else module.weight.shape[0])
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ __all__ = ["MAX_LEVELS", "Configuration", "Part", "check_configuration", "width_
 
 Configuration = tuple[int, ...]
 
+NARROW = 4  # blocks, below which a part goes in quarters
 MAX_LEVELS = 16  # widths of one part: more make the search longer and no network better
 
 
@@ -41,12 +42,15 @@ class Part:
 def width_grid(size: int, multiple: int, max_levels: int = MAX_LEVELS) -> tuple[int, ...]:
     """Multiples of `multiple` up to a size, and the size; every k-th of them where there are more than `max_levels`.
 
-    Kernels work in blocks: an LSTM of 55 units is slower than one of 64 (FINDINGS section 4).
+    Kernels work in blocks: an LSTM of 55 units is slower than one of 64 (FINDINGS section 4). Narrow parts, of fewer
+    than four such blocks, go in quarters, so that there is something to choose.
 
-    >>> width_grid(32, 8), width_grid(20, 8)
-    ((8, 16, 24, 32), (8, 16, 20))
+    >>> width_grid(32, 8), width_grid(12, 8)
+    ((8, 16, 24, 32), (3, 6, 9, 12))
     """
     step = multiple * max(1, math.ceil(size / multiple / max_levels))
+    if size < NARROW * multiple:
+        step = max(1, size // NARROW)
     return (*range(step, size, step), size)
 
 

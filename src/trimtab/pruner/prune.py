@@ -1,0 +1,201 @@
+"""prune: a trained network made smaller, to a budget, by a learned agent.
+
+Called by users, by `trimtab prune` and by the study of pruning. Search, then a short fine-tuning of the few best, then
+the best of those: all on validation. A test set is the caller's, and is read once, afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trimtab.cost import count_cost
+from trimtab.errors import InputError, unknown_name
+from trimtab.progress import News
+from trimtab.pruner.baselines import BASELINES
+from trimtab.pruner.choice import FineTune
+from trimtab.pruner.result import Costs, PruneReport, PruneResult
+from trimtab.pruner.search import AGENTS
+from trimtab.pruner.stage import Given, Outcome, run_stage
+from trimtab.pruning.budget import Budget, Target
+from trimtab.pruning.network import PrunableNetwork, units_of
+from trimtab.storage import read_json, write_json
+
+__all__ = ["prune"]
+
+MIN_EVALUATIONS = 8  # of a stage
+N_BEST = 5  # candidates that are fine-tuned
+_FEW = 2  # units, of which a reader is warned
+_NEARLY_ALL = 1 - 1e-9  # a stage whose network is small enough already
+
+
+def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
+    model: nn.Module,
+    example_inputs: object,
+    *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    validation: object = None,
+    fine_tune: FineTune | None = None,
+    target: Mapping[str, Any] | None = None,
+    agent: str = "ppo",
+    max_evaluations: int = 100,
+    seed: int = 0,
+    multiple: int = 8,
+    importance: str = "l2",
+    ignore: Collection[str] = (),
+    stages: int = 1,
+    n_best: int = N_BEST,
+    baselines: Collection[str] = (),
+    checkpoint: str | Path | None = None,
+    on_news: Callable[[News], None] | None = None,
+) -> PruneResult:
+    """Prune a trained network to a budget.
+
+    Args:
+        model: Trained. It is copied and never touched.
+        example_inputs: A tensor, or a tuple of the forward's positional arguments. FLOPs are those of this batch.
+        evaluate: Score of a network in evaluation, higher is better: a black box, called at most `max_evaluations`
+            times in the search. Give this or `validation`.
+        validation: (inputs, targets), samples along the first axis: accuracy for whole-number targets, minus the mean
+            squared error for floats. Activations are kept between evaluations, which makes them tens of times cheaper.
+        fine_tune: Trains a network in place, for a short while; called with copies, in training, with torch's random
+            generators lent. None: nothing is fine-tuned.
+        target: What may be left: {"flops": share}, {"params": share} or {"latency": share, "batch_size": n}; None
+            halves the FLOPs.
+        agent: "ppo", "random" (random widths within the budget), or "paper": PPO with the write-up's settings, which
+            retrains after each action and needs `fine_tune`.
+        max_evaluations: Configurations that are scored in the search, the dense one not counted; 8 or more.
+        seed: Of everything that is drawn.
+        multiple: Widths are multiples of it, since odd ones are slower than wider ones that are; narrow parts, of
+            fewer than four times as many units, go in quarters.
+        importance: Which units go first: "l2", "product", "incoming", "outgoing" or "random".
+        ignore: Names of layers whose units stay.
+        stages: Prune and fine-tune in so many stages, each to the same share of the one before; more than 1 needs
+            `fine_tune`.
+        n_best: Configurations of the search that are fine-tuned and compared again.
+        baselines: Rules without learning to compare with: some of "uniform", "global", "lamp", "random-units",
+            "greedy", "random-search", each with its own evaluations and the same fine-tuning, beside the last stage.
+        checkpoint: Folder in which the search is kept, so that the same call goes on where it was ended.
+        on_news: Told how far it is.
+
+    Returns:
+        The pruned network and a report.
+
+    Raises:
+        InputError: An argument is wrong, the target is out of reach, nothing can be pruned, the network cannot be
+            traced, or `evaluate` fails on the dense network; before any training.
+        RunFailedError: Fine-tuning failed for every candidate.
+    """
+    parsed = Target.parse({"flops": 0.5} if target is None else target)
+    _check(agent, fine_tune, max_evaluations=max_evaluations, seed=seed, stages=stages, n_best=n_best)
+    for name in baselines:
+        if name not in BASELINES:
+            raise unknown_name("baseline", name, BASELINES)
+    describe = partial(
+        PrunableNetwork,
+        example_inputs=example_inputs,
+        multiple=multiple,
+        importance=importance,
+        ignore=ignore,
+        seed=seed,
+    )
+    dense = describe(model)
+    whole = Budget(dense, parsed)  # out of reach is said before anything is begun
+    folder = None if checkpoint is None else Path(checkpoint)
+    given = Given(evaluate, validation, fine_tune, agent, max_evaluations // stages, n_best, seed, None, on_news)
+    if folder is not None:
+        options = {"agent": agent, "max_evaluations": max_evaluations, "seed": seed, "n_best": n_best, "stages": stages,
+                   "multiple": multiple, "importance": importance, "ignore": sorted(ignore)}  # fmt: skip
+        parts = {part.name: list(part.widths) for part in dense.parts}
+        _claim(folder, {"target": parsed.to_dict(), **options, "parts": parts})
+    network, outcomes = dense, list[Outcome]()
+    for number in range(1, stages + 1):
+        budget = whole
+        if stages > 1:
+            share = parsed.share ** (number / stages) * whole.dense / Budget.cost_of(network, parsed)(network.dense)
+            budget = Budget(network, replace(parsed, share=min(share, _NEARLY_ALL)))
+        log = None if folder is None else folder / f"evaluations-{number}.jsonl"
+        is_last = number == stages
+        outcomes.append(run_stage(given, network, budget, baselines=baselines if is_last else (), log=log))
+        if not is_last:
+            network = describe(outcomes[-1].model)
+    return _result(dense, whole, outcomes, given, max_evaluations)
+
+
+def _check(agent: str, fine_tune: object, *, seed: int, **counts: int) -> None:
+    """Refuse arguments that are none.
+
+    Raises:
+        InputError: Naming the argument.
+    """
+    if agent not in AGENTS:
+        raise unknown_name("agent", agent, AGENTS)
+    if fine_tune is not None and not callable(fine_tune):
+        raise InputError(f"fine_tune is {type(fine_tune).__name__}; expected a function that trains a network in place")
+    for name, least, value in [
+        ("seed", 0, seed),
+        ("max_evaluations", MIN_EVALUATIONS * counts["stages"], counts["max_evaluations"]),
+        ("stages", 1, counts["stages"]),
+        ("n_best", 1, counts["n_best"]),
+    ]:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name} is {value!r}; expected a whole number of {least} or more")
+    if fine_tune is None and (agent == "paper" or counts["stages"] > 1):
+        what = "agent 'paper' retrains after each action" if agent == "paper" else "stages are fine-tuned in between"
+        raise InputError(f"{what}: give fine_tune=, a function that trains a network in place")
+
+
+def _claim(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Write down what the folder is for, or compare.
+
+    Raises:
+        InputError: It holds another search.
+        OutputError: It cannot be written.
+    """
+    path = folder / "search.json"
+    if not path.exists():
+        write_json(path, asked)
+        return
+    there = read_json(path)
+    differ = [key for key in asked if not isinstance(there, dict) or there.get(key) != asked[key]]
+    if differ:
+        raise InputError(
+            f"checkpoint {folder} holds another search: {', '.join(differ)} differ; give the arguments of then, or "
+            "another folder"
+        )
+
+
+def _result(
+    dense: PrunableNetwork, budget: Budget, outcomes: Sequence[Outcome], given: Given, max_evaluations: int
+) -> PruneResult:
+    """The last network, and what all stages have to say."""
+    last, first = outcomes[-1], outcomes[0]
+    chosen = last.candidates[0]
+    notes = []
+    sizes = {part.name: (part.size, units_of(last.model, part)) for part in dense.parts}
+    for name, (old, new) in sizes.items():
+        if 0 < new <= _FEW < old:
+            notes.append(f"{name} has {new} of {old} units left: a fine-tuning may not bring back what it did")
+    failed = sum(outcome.failed for outcome in outcomes)
+    if failed:
+        failure = next(outcome.failure for outcome in outcomes if outcome.failure)
+        notes.append(f"{failed} configurations had no score; the first: {failure}")
+    report = PruneReport(
+        target=budget.target.to_dict(), agent=given.agent, seed=given.seed,
+        dense=_costs(dense.model, dense, first.dense),
+        pruned=_costs(last.model, dense, chosen.before if chosen.after is None else chosen.after),
+        score_before=chosen.before, widths=sizes, refused=dense.refused,
+        evaluations=sum(outcome.evaluations for outcome in outcomes), max_evaluations=max_evaluations, failed=failed,
+        candidates=last.candidates, baselines=last.baselines, notes=tuple(notes),
+    )  # fmt: skip
+    return PruneResult(last.model, report)
+
+
+def _costs(model: nn.Module, network: PrunableNetwork, score: float) -> Costs:
+    cost = count_cost(model, network.inputs)
+    return Costs(score, cost.forward_flops, cost.parameters, cost.bytes)

@@ -1,0 +1,115 @@
+"""Search: which widths are tried on a network, within a number of evaluations.
+
+Called by `prune`. Every agent begins with the same configurations (uniform, and one threshold for all parts, on the
+grid), and the best seen counts, not the last policy: so the answer is never worse on validation than those two.
+FINDINGS section 4: on three layers random search finds as much as PPO for as many evaluations, which is why `random`
+is an agent like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from trimtab.agents.widths import PRESETS, WidthPolicy
+from trimtab.envs.pruning import ALONE, Problem, PruningEnv, nearest
+from trimtab.pruning.allocations import by_threshold, draw, on_grid, uniform
+from trimtab.pruning.budget import Budget
+from trimtab.pruning.parts import Configuration
+from trimtab.pruning.scorer import Scorer
+from trimtab.seeding import derive_seed, numpy_generator
+
+__all__ = ["AGENTS", "Search"]
+
+AGENTS = ("ppo", "paper", "random")
+
+_EPISODES = 300  # in which PPO converges (FINDINGS section 4); repeated configurations cost nothing
+_EPISODES_PER_EVALUATION = 5
+_SHARE_ALONE = 3  # one evaluation in three, at most, goes into what each part alone loses
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search.
+
+    Attributes:
+        budget: To keep to.
+        scorer: Scores, and remembers.
+        agent: One of `AGENTS`.
+        max_evaluations: Configurations scored at most, the dense one not counted.
+        seed: Of the agent.
+        weights: What the agent "ppo" starts from; None from nothing.
+        on_news: Told after every evaluation how many there were.
+    """
+
+    budget: Budget
+    scorer: Scorer
+    agent: str
+    max_evaluations: int
+    seed: int
+    weights: Mapping[str, Tensor] | None = None
+    on_news: Callable[[int], None] | None = None
+
+    def run(self) -> list[Configuration]:
+        """Search; every configuration that keeps to the budget, the best first."""
+        for configuration in self.seeds():
+            if not self._is_enough():
+                self._score(configuration)
+        if self.agent == "random":
+            self._at_random()
+        else:
+            self._learned()
+        ranked = self.scorer.best(len(self.scorer.scores))
+        return [c for c in ranked if self.budget.fits(c) and self.scorer.scores[c] > -np.inf]
+
+    def seeds(self) -> list[Configuration]:
+        """What every search begins with."""
+        rules = (uniform(self.budget), by_threshold(self.budget, "global"))
+        return list(dict.fromkeys(on_grid(self.budget, configuration) for configuration in rules))
+
+    def _score(self, configuration: Configuration) -> float:
+        before = self.scorer.n_evaluations
+        found = self.scorer.score(configuration)
+        if self.on_news is not None and self.scorer.n_evaluations > before:
+            self.on_news(self.scorer.n_evaluations)
+        return found
+
+    def _is_enough(self) -> bool:
+        return self.scorer.n_evaluations >= self.max_evaluations
+
+    @property
+    def _max_episodes(self) -> int:
+        return max(_EPISODES, _EPISODES_PER_EVALUATION * self.max_evaluations)
+
+    def _at_random(self) -> None:
+        generator = numpy_generator(self.seed, "random widths")
+        for _ in range(self._max_episodes):
+            if self._is_enough():
+                return
+            self._score(draw(self.budget, generator))
+
+    def _learned(self) -> None:
+        network = self.budget.network
+        problem = Problem(network, self.budget, self._score, self.scorer.dense, self._alone())
+        if self._is_enough():
+            return
+        env = PruningEnv(problem=problem, reward="each" if self.agent == "paper" else "last")
+        policy = WidthPolicy(env, PRESETS[self.agent], seed=derive_seed(self.seed, "agent"))
+        if self.agent == "ppo" and self.weights is not None:
+            policy.load_weights(self.weights)
+        policy.learn(self._max_episodes * len(network.parts), self._is_enough)
+
+    def _alone(self) -> np.ndarray | None:
+        """What the network scores with one part alone cut; None where that would cost too much of the search."""
+        parts, dense = self.budget.network.parts, self.budget.network.dense
+        cuts = [
+            [(*dense[:place], nearest(part, share), *dense[place + 1 :]) for share in ALONE]
+            for place, part in enumerate(parts)
+        ]
+        n_new = len({c for of_part in cuts for c in of_part} - {dense})
+        if self.agent == "paper" or n_new * _SHARE_ALONE > self.max_evaluations:
+            return None
+        return np.array([[self._score(c) for c in of_part] for of_part in cuts])
