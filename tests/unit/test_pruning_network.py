@@ -196,7 +196,7 @@ def test_bad_input_is_one_error() -> None:
         (lambda: PrunableNetwork(Branching(), torch.zeros(1, 2)), "Branching cannot be traced by torch.fx"),
         (lambda: PrunableNetwork(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2)), "nothing of Sequential can be"),
         (
-            lambda: PrunableNetwork(nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 2)), inputs),
+            lambda: PrunableNetwork(nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 2)), torch.zeros(1, 2)),
             "0: it has one unit; 1: they",
         ),
         (lambda: PrunableNetwork(model, inputs, multiple=1).cut((1,)), r"\(1,\) has 1 widths; expected 2"),
