@@ -90,7 +90,7 @@ class Branches(nn.Module):
 def test_what_cannot_be_exported_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
     linear, ones = nn.Linear(2, 2), torch.ones(1, 2)
     tries: list[tuple[Any, Any, str]] = [
-        (3, ones, "cannot export a int; give an nn.Module"),
+        (3, ones, "cannot export an instance of int; give an nn.Module"),
         (linear, "x", "example_inputs is str; give a tensor, or a tuple"),
         (linear, torch.ones(1, 3), "the network fails on the example inputs: .*; give a batch as it is used with"),
         (linear, ones * float("nan"), "numbers that are not finite on the example inputs, with which nothing can be"),

@@ -165,10 +165,12 @@ def read_document(path: Path) -> Document:
 
 def _read(path: Path) -> Any:
     try:
+        if not path.is_file():  # reading a pipe would not end
+            raise FileNotFoundError(path)
         if path.stat().st_size > _MAX_BYTES:
             raise InputError(f"{path} is larger than {_MAX_BYTES} bytes; expected a file that save_pruned wrote")
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except FileNotFoundError as error:
         raise InputError(
             f"no pruned network in {path.parent}: {path.name} is missing; give a folder that save_pruned wrote"
         ) from error
@@ -219,10 +221,10 @@ def _check_module(name: str, module: ModuleEntry, own: Mapping[str, tuple[int, .
         _check_children(name, module, document)
         return
     if module.children is not None:
-        raise InputError(f"module {name!r}, a {_short(kind)}, has children; only {', '.join(CONTAINERS)} have")
+        raise InputError(f"module {name!r} ({_short(kind)}) has children; only {', '.join(CONTAINERS)} have")
     if kind in REPLACEMENTS:
         if module.sizes or module.options is None:
-            raise InputError(f"module {name!r}, a {kind}, has to have options and no sizes")
+            raise InputError(f"module {name!r} ({kind}) has to have options and no sizes")
         return
     if kind not in LAYERS:
         raise InputError(
@@ -232,18 +234,18 @@ def _check_module(name: str, module: ModuleEntry, own: Mapping[str, tuple[int, .
     layer = LAYERS[kind]
     kinds = {**layer.sizes, **(layer.attributes if module.options is not None else {})}
     if set(kinds) != set(module.values) or len(module.values) != len(module.sizes) + len(module.options or {}):
-        raise InputError(f"module {name!r}, a {kind}, has {sorted(module.values)}; expected {sorted(kinds)}")
+        raise InputError(f"module {name!r} ({kind}) has {sorted(module.values)}; expected {sorted(kinds)}")
     for key, value in module.values.items():
         if not kinds[key].fits(value):
-            raise InputError(f"module {name!r}, a {kind}, has {key} = {_short(value)}; expected {kinds[key].what}")
+            raise InputError(f"module {name!r} ({kind}) has {key} = {_short(value)}; expected {kinds[key].what}")
     problem = layer.problem(module.values, own)
     if problem is not None:
-        raise InputError(f"module {name!r}, a {kind}: {problem}")
+        raise InputError(f"module {name!r} ({kind}): {problem}")
     for last, shape in own.items():
         expected = layer.shape(last, module.values)
         if expected is not None and not _fits(shape, expected):
             raise InputError(
-                f"module {name!r}, a {kind}, has {_sizes(module)}, with which its {last} has the shape "
+                f"module {name!r} ({kind}) has {_sizes(module)}, with which its {last} has the shape "
                 f"{_text(expected)}; the tensor has {_text(shape)}"
             )
 
@@ -252,7 +254,7 @@ def _check_children(name: str, module: ModuleEntry, document: Document) -> None:
     children = module.children
     places = {"place"} if module.kind == "Deepened" else set()
     if children is None or module.sizes or set(module.options or {}) != places:
-        raise InputError(f"module {name!r}, a {module.kind}, has to have children, and options {sorted(places)}")
+        raise InputError(f"module {name!r} ({module.kind}) has to have children, and options {sorted(places)}")
     if any(not child or "." in child for child in children) or len(set(children)) < len(children):
         raise InputError(f"module {name!r} has the children {_short(children)}; expected names without dots, each once")
     if places:

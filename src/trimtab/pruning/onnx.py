@@ -90,7 +90,7 @@ def _to_cpu(value: Any) -> Any:
 
 def _copy_on_cpu(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise InputError(f"cannot export a {type(model).__name__}; give an nn.Module")
+        raise InputError(f"cannot export an instance of {type(model).__name__}; give an nn.Module")
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if size > _MAX_BYTES:
         raise InputError(f"the network takes {size} bytes; one ONNX file holds at most {_MAX_BYTES}, prune it further")

@@ -233,6 +233,9 @@ def _write_both(folder: Path, text: str, raw: bytes) -> None:
         raise OutputError(
             f"{folder} holds a {_WEIGHTS} but no {_DOCUMENT}, so it is somebody else's; give another folder"
         )
+    for name in (_DOCUMENT, _WEIGHTS):
+        if (folder / name).is_dir():
+            raise OutputError(f"{folder / name} is a folder; give another folder to save into")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     new: Path | None = None
     try:
@@ -274,7 +277,7 @@ def load_pruned(
             have other options than the saved ones, such as a stride, it is refused; what the user's own classes do
             besides is theirs.
         make: Makes a dense network of the `builder` that was saved. Asked only where no `model` is given and the file
-            does not describe the network itself.
+            does not describe the network itself. What it raises is passed on; an InputError with the folder's name.
         map_location: Device of what is returned.
 
     Returns:
@@ -301,7 +304,7 @@ def load_pruned(
 
 
 def _kind(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an instance of {type(value).__name__}"
 
 
 def _device(map_location: object) -> torch.device:
@@ -321,9 +324,11 @@ def _read_tensors(path: Path, document: Document) -> dict[str, Tensor]:
     expected = sum(entry.n_bytes for entry in document.tensors.values())
     advice = "copy it anew, or save the network again"
     try:
-        size = path.stat().st_size
+        size = path.stat().st_size if path.is_file() else -1
         if not expected <= size <= expected + _MAX_HEADER_BYTES:
-            raise InputError(f"{path} has {size} bytes where its tensors take {expected}; it is torn, {advice}")
+            raise InputError(
+                f"{path} is missing, or has not the {expected} bytes of its tensors and a header; {advice}"
+            )
         raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); {advice}") from error
@@ -359,8 +364,8 @@ def _network(document: Document, model: nn.Module | None, make: Make | None) -> 
     if model is None:
         builder = "" if document.builder is None else f" or make=, a function of its builder {document.builder}"
         raise InputError(
-            f"it is a {document.model}, which the file alone cannot build; give model=, a fresh instance as it was "
-            f"before pruning{builder}"
+            f"it is of the class {document.model}, which the file alone cannot build; give model=, a fresh instance as "
+            f"it was before pruning{builder}"
         )
     try:
         network = copy.deepcopy(model)
@@ -403,13 +408,13 @@ def _build_any(name: str, document: Document) -> nn.Module:
                 return CONTAINERS[entry.kind](children)
             layer = LAYERS[entry.kind]
             if entry.options is None or not layer.can_be_built:
-                raise InputError(f"module {name!r}, a {layer.name}, cannot be built from its sizes: give model=")
+                raise InputError(f"module {name!r} ({layer.name}) cannot be built from its sizes: give model=")
             return layer.build(entry.values)
     except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"module {name!r}, a {entry.kind}, cannot be built: {error}; the file is foreign, save it again"
+            f"module {name!r} ({entry.kind}) cannot be built: {error}; the file is foreign, save it again"
         ) from error
 
 
@@ -418,7 +423,7 @@ def _build_replacement(name: str, entry: ModuleEntry) -> nn.Module:
     made = _options_of(module)
     if made != entry.options:  # nn.Identity takes whatever it is given
         raise InputError(
-            f"module {name!r}, a {entry.kind}, has the options {entry.options}; made with them it has {made}; the file "
+            f"module {name!r} ({entry.kind}) has the options {entry.options}; made with them it has {made}; the file "
             "is foreign, save the network again"
         )
     return module
@@ -445,7 +450,7 @@ def _put_replacements(network: nn.Module, document: Document) -> None:
         if type(current) is kinds[entry.kind] and _entry(current) == entry:
             continue
         if above is None or not name:
-            raise InputError(f"the model is {_kind(current)}, the saved network a {entry.kind}; {_ADVICE}")
+            raise InputError(f"the model is {_kind(current)}, the saved network one of {entry.kind}; {_ADVICE}")
         above._modules[last] = _build(name, document)
 
 
@@ -476,13 +481,14 @@ def _fit(network: nn.Module, document: Document, tensors: Mapping[str, Tensor], 
 def _compare_modules(modules: Mapping[str, nn.Module], document: Document) -> None:
     for name, entry in document.modules.items():
         if name not in modules:
-            raise InputError(f"the model has no module {name!r}, the saved network a {entry.kind}; {_ADVICE}")
+            raise InputError(f"the model has no module {name!r}, the saved network one of {entry.kind}; {_ADVICE}")
         module = modules[name]
         layer = layer_of(module)
         kind = layer.name if layer is not None and entry.kind in LAYERS else type(module).__name__
         if kind != entry.kind:
             raise InputError(
-                f"module {name!r} of the model is {_kind(module)}, that of the saved network a {entry.kind}; {_ADVICE}"
+                f"module {name!r} of the model is {_kind(module)}, that of the saved network one of "
+                f"{entry.kind}; {_ADVICE}"
             )
         if entry.children is not None and list(module._modules) != entry.children:
             raise InputError(
