@@ -553,7 +553,7 @@ FORGED: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("size unknown", size("8", "__class__", 3), r"has \['__class__', .*; expected \['bias', 'in_f"),
     ("groups", size("0", "groups", 2), r"weight has the shape \(2, 1, 3, 3\); the tensor has \(2, 2, 3, 3\)"),
     ("norm", size("1", "num_features", 3), r"'1' \(BatchNorm2d\) has num_features 3.*\(3\); the tensor has \(2\)"),
-    ("option type", option("0", "stride", "1"), "has stride = '1'; expected a list of whole numbers"),
+    ("option type", option("0", "stride", "1"), "has stride = '1'; expected a list of 2 whole numbers from 1 up"),
     ("option choice", option("0", "padding_mode", "exec"), "has padding_mode = 'exec'; expected one of zeros, reflect"),
     (
         "option unknown",
@@ -681,6 +681,13 @@ def test_what_is_forged_of_recurrent_layers_is_refused(
     change(tmp_path, edit)
     with pytest.raises(InputError, match=text):
         load_pruned(tmp_path, networks.make("lstm")[0])
+
+
+def test_what_torch_itself_refuses_is_one_error(tmp_path: Path) -> None:
+    save_pruned(nn.Sequential(nn.Embedding(5, 4)), tmp_path)
+    change(tmp_path, option("0", "padding_idx", 5))
+    with pytest.raises(InputError, match=r"module '0' \(Embedding\) cannot be built: Padding_idx must be within"):
+        load_pruned(tmp_path)
 
 
 def test_models_of_another_architecture_are_refused_and_stay_as_they_are(tmp_path: Path) -> None:

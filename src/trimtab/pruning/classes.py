@@ -77,13 +77,19 @@ def _maybe(kind: Kind) -> Kind:
     return _or(kind, "null", lambda value: value is None)
 
 
+def _per_axis(n_axes: int, lowest: int) -> Kind:
+    fits = _ints(lowest)
+    return Kind(
+        f"a list of {n_axes} whole numbers from {lowest} up", lambda value: fits(value) and len(value) == n_axes
+    )
+
+
 _SIZE = Kind("a whole number from 1 up", lambda value: _is_int(value, 1))
 _COUNT = Kind("a whole number from 0 up", lambda value: _is_int(value, 0))
 _AXIS = Kind("a whole number", lambda value: _is_int(value, -64))
 _SHAPE = Kind("a list of whole numbers from 1 up", _ints(1))
 _STEPS = _or(_SHAPE, "one", _SIZE.fits)  # kernels and strides
 _EDGES = Kind("whole numbers from 0 up", lambda value: _COUNT.fits(value) or _ints(0)(value))
-_PADDING = _or(_EDGES, "'same' or 'valid'", lambda value: value in ("same", "valid"))
 _TARGET = Kind(
     "whole numbers from 1 up or null",
     lambda value: all(n is None or _is_int(n, 1) for n in (value if isinstance(value, list) else [value])),
@@ -145,8 +151,10 @@ def _indivisible(values: Values, groups: str, *sizes: str) -> str | None:
 
 def _convolution(kind: type[nn.Module], n_axes: int, transposed: bool) -> Layer:
     one, two = ("in_channels", "out_channels") if transposed else ("out_channels", "in_channels")
-    options = {"kernel_size": _STEPS, "stride": _STEPS, "padding": _PADDING, "dilation": _STEPS, "bias": _HAS}
-    options |= {"output_padding": _EDGES} if transposed else {}
+    steps, edges = _per_axis(n_axes, 1), _per_axis(n_axes, 0)
+    padding = edges if transposed else _or(edges, "'same' or 'valid'", lambda value: value in ("same", "valid"))
+    options = {"kernel_size": steps, "stride": steps, "padding": padding, "dilation": steps, "bias": _HAS}
+    options |= {"output_padding": edges} if transposed else {}
     return Layer(
         kind,
         {"in_channels": _SIZE, "out_channels": _SIZE, "groups": _SIZE},

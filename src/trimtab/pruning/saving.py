@@ -410,7 +410,7 @@ def _build_any(name: str, document: Document) -> nn.Module:
             if entry.options is None or not layer.can_be_built:
                 raise InputError(f"module {name!r} ({layer.name}) cannot be built from its sizes: give model=")
             return layer.build(entry.values)
-    except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, LookupError, RuntimeError, OverflowError, AssertionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
