@@ -277,12 +277,13 @@ def load_pruned(
             have other options than the saved ones, such as a stride, it is refused; what the user's own classes do
             besides is theirs.
         make: Makes a dense network of the `builder` that was saved. Asked only where no `model` is given and the file
-            does not describe the network itself. What it raises is passed on; an InputError with the folder's name.
+            does not describe the network itself, on torch's device "meta", so that it draws no weights and numbers of
+            a foreign builder take no memory.
         map_location: Device of what is returned.
 
     Returns:
         The network, in evaluation mode whatever mode it was saved in, parameters requiring gradients as they did, tied
-        ones tied, tensors contiguous. Torch's random state is not touched, unless by `make`.
+        ones tied, tensors contiguous. Torch's random state is not touched.
 
     Raises:
         InputError: The files are missing, torn, foreign, changed, or of another version; they name a class that is in
@@ -358,9 +359,7 @@ def _network(document: Document, model: nn.Module | None, make: Make | None) -> 
     if model is None and document.is_described:
         return _build("", document)
     if model is None and document.builder is not None and make is not None:
-        model = make(document.builder)
-        if not isinstance(model, nn.Module):
-            raise InputError(f"make(builder) gave {_kind(model)}; expected the dense network")
+        model = _make(document.builder, make)
     if model is None:
         builder = "" if document.builder is None else f" or make=, a function of its builder {document.builder}"
         raise InputError(
@@ -373,6 +372,27 @@ def _network(document: Document, model: nn.Module | None, make: Make | None) -> 
         raise InputError(f"the model cannot be copied ({error}); give a fresh instance, before any forward") from error
     _put_replacements(network, document)
     return network
+
+
+def _make(builder: Mapping[str, Any], make: Make) -> nn.Module:
+    """What `make` gives, with tensors without memory: a builder's numbers may be anything."""
+    try:
+        with torch.device("meta"):
+            model = make(builder)
+    except (TypeError, ValueError, LookupError, RuntimeError, OverflowError, AssertionError) as error:
+        raise InputError(
+            f"make fails with the builder {builder}: {error}; give model=, as it was before pruning"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"make(builder) gave {_kind(model)}; expected the dense network")
+    for name, module in model.named_modules():
+        lost = [key for key, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
+        if lost:
+            raise InputError(
+                f"module {name!r} that make gave keeps the tensor {lost[0]!r}, which is no parameter or buffer and has "
+                "not been saved; give model=, as it was before pruning"
+            )
+    return model
 
 
 def _build(name: str, document: Document) -> nn.Module:
