@@ -247,7 +247,7 @@ def _write_both(folder: Path, text: str, raw: bytes) -> None:
         os.replace(new / _DOCUMENT, folder / _DOCUMENT)
         os.replace(new / _WEIGHTS, folder / _WEIGHTS)
         new.rmdir()
-    except (OSError, OutputError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no path, or an OutputError
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
         for path in made:
