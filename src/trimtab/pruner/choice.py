@@ -29,7 +29,7 @@ class Candidate:
     """One way to prune the network.
 
     Attributes:
-        name: "search", or the name of the rule that it comes from.
+        name: Of the method that proposed it.
         widths: The configuration.
         before: Score on validation before fine-tuning.
         after: The same after; equal to `before` where nothing was fine-tuned, None where that failed.

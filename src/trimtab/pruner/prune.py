@@ -17,11 +17,10 @@ from torch import nn
 from trimtab.cost import count_cost
 from trimtab.errors import InputError, unknown_name
 from trimtab.progress import News
-from trimtab.pruner.baselines import BASELINES
 from trimtab.pruner.choice import FineTune
+from trimtab.pruner.methods import METHODS
 from trimtab.pruner.result import Costs, PruneReport, PruneResult
-from trimtab.pruner.search import AGENTS
-from trimtab.pruner.stage import Given, Outcome, run_stage
+from trimtab.pruner.stage import Given, Outcome, run_method
 from trimtab.pruning.budget import Budget, Target
 from trimtab.pruning.network import PrunableNetwork, units_of
 from trimtab.storage import read_json, write_json
@@ -31,7 +30,6 @@ __all__ = ["prune"]
 MIN_EVALUATIONS = 8  # of a stage
 N_BEST = 5  # candidates that are fine-tuned
 _FEW = 2  # units, of which a reader is warned
-_NEARLY_ALL = 1 - 1e-9  # a stage whose network is small enough already
 
 
 def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
@@ -67,8 +65,9 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
             generators lent. None: nothing is fine-tuned.
         target: What may be left: {"flops": share}, {"params": share} or {"latency": share, "batch_size": n}; None
             halves the FLOPs.
-        agent: "ppo", "random" (random widths within the budget), or "paper": PPO with the write-up's settings, which
-            retrains after each action and needs `fine_tune`.
+        agent: "ppo"; "paper", PPO with the write-up's settings, which retrains after each action and needs
+            `fine_tune`; or a method without learning: "random-search" (widths at random within the budget), "uniform"
+            (the same share everywhere), "global" and "lamp" (one threshold for all parts), "greedy", "random-units".
         max_evaluations: Configurations that are scored in the search, the dense one not counted; 8 or more.
         seed: Of everything that is drawn.
         multiple: Widths are multiples of it, since odd ones are slower than wider ones that are; narrow parts, of
@@ -78,8 +77,8 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         stages: Prune and fine-tune in so many stages, each to the same share of the one before; more than 1 needs
             `fine_tune`.
         n_best: Configurations of the search that are fine-tuned and compared again.
-        baselines: Rules without learning to compare with: some of "uniform", "global", "lamp", "random-units",
-            "greedy", "random-search", each with its own evaluations and the same fine-tuning, beside the last stage.
+        baselines: Other agents to compare with, by name, in one stage, each with evaluations of its own and the same
+            fine-tuning.
         checkpoint: Folder in which the search is kept, so that the same call goes on where it was ended.
         on_news: Told how far it is.
 
@@ -94,8 +93,8 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
     parsed = Target.parse({"flops": 0.5} if target is None else target)
     _check(agent, fine_tune, max_evaluations=max_evaluations, seed=seed, stages=stages, n_best=n_best)
     for name in baselines:
-        if name not in BASELINES:
-            raise unknown_name("baseline", name, BASELINES)
+        if name not in METHODS:
+            raise unknown_name("baseline", name, METHODS)
     describe = partial(
         PrunableNetwork,
         example_inputs=example_inputs,
@@ -107,7 +106,7 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
     dense = describe(model)
     whole = Budget(dense, parsed)  # out of reach is said before anything is begun
     folder = None if checkpoint is None else Path(checkpoint)
-    given = Given(evaluate, validation, fine_tune, agent, max_evaluations // stages, n_best, seed, None, on_news)
+    given = Given(evaluate, validation, fine_tune, max_evaluations // stages, n_best, seed, None, on_news)
     if folder is not None:
         options = {"agent": agent, "max_evaluations": max_evaluations, "seed": seed, "n_best": n_best, "stages": stages,
                    "multiple": multiple, "importance": importance, "ignore": sorted(ignore)}  # fmt: skip
@@ -115,16 +114,17 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         _claim(folder, {"target": parsed.to_dict(), **options, "parts": parts})
     network, outcomes = dense, list[Outcome]()
     for number in range(1, stages + 1):
-        budget = whole
-        if stages > 1:
-            share = parsed.share ** (number / stages) * whole.dense / Budget.cost_of(network, parsed)(network.dense)
-            budget = Budget(network, replace(parsed, share=min(share, _NEARLY_ALL)))
+        target_now = replace(parsed, share=parsed.share ** (number / stages))
+        budget = whole if stages == 1 else Budget(network, target_now, dense=whole.dense)
         log = None if folder is None else folder / f"evaluations-{number}.jsonl"
-        is_last = number == stages
-        outcomes.append(run_stage(given, network, budget, baselines=baselines if is_last else (), log=log))
-        if not is_last:
+        outcomes.append(run_method(agent, given, network, budget, log=log))
+        if number < stages:
             network = describe(outcomes[-1].model)
-    return _result(dense, whole, outcomes, given, max_evaluations)
+    others = []
+    for name in dict.fromkeys(baselines):
+        log = None if folder is None else folder / f"evaluations-{name}.jsonl"
+        others.append(run_method(name, replace(given, max_evaluations=max_evaluations), dense, whole, log=log))
+    return _result(dense, whole, outcomes, others, max_evaluations, seed)
 
 
 def _check(agent: str, fine_tune: object, *, seed: int, **counts: int) -> None:
@@ -133,8 +133,8 @@ def _check(agent: str, fine_tune: object, *, seed: int, **counts: int) -> None:
     Raises:
         InputError: Naming the argument.
     """
-    if agent not in AGENTS:
-        raise unknown_name("agent", agent, AGENTS)
+    if agent not in METHODS:
+        raise unknown_name("agent", agent, METHODS)
     if fine_tune is not None and not callable(fine_tune):
         raise InputError(f"fine_tune is {type(fine_tune).__name__}; expected a function that trains a network in place")
     for name, least, value in [
@@ -171,27 +171,34 @@ def _claim(folder: Path, asked: Mapping[str, Any]) -> None:
 
 
 def _result(
-    dense: PrunableNetwork, budget: Budget, outcomes: Sequence[Outcome], given: Given, max_evaluations: int
+    dense: PrunableNetwork,
+    budget: Budget,
+    stages: Sequence[Outcome],
+    others: Sequence[Outcome],
+    max_evaluations: int,
+    seed: int,
 ) -> PruneResult:
     """The last network, and what all stages have to say."""
-    last, first = outcomes[-1], outcomes[0]
+    last = stages[-1]
     chosen = last.candidates[0]
-    notes = []
     sizes = {part.name: (part.size, units_of(last.model, part)) for part in dense.parts}
-    for name, (old, new) in sizes.items():
-        if 0 < new <= _FEW < old:
-            notes.append(f"{name} has {new} of {old} units left: a fine-tuning may not bring back what it did")
-    failed = sum(outcome.failed for outcome in outcomes)
+    notes = [
+        f"{name} has {new} of {old} units left: fine-tuning may not bring back what it did"
+        for name, (old, new) in sizes.items()
+        if 0 < new <= _FEW < old
+    ]
+    failed = sum(stage.proposal.failed for stage in stages)
     if failed:
-        failure = next(outcome.failure for outcome in outcomes if outcome.failure)
+        failure = next(stage.proposal.failure for stage in stages if stage.proposal.failure)
         notes.append(f"{failed} configurations had no score; the first: {failure}")
     report = PruneReport(
-        target=budget.target.to_dict(), agent=given.agent, seed=given.seed,
-        dense=_costs(dense.model, dense, first.dense),
+        target=budget.target.to_dict(), agent=last.method, seed=seed,
+        dense=_costs(dense.model, dense, stages[0].dense),
         pruned=_costs(last.model, dense, chosen.before if chosen.after is None else chosen.after),
         score_before=chosen.before, widths=sizes, refused=dense.refused,
-        evaluations=sum(outcome.evaluations for outcome in outcomes), max_evaluations=max_evaluations, failed=failed,
-        candidates=last.candidates, baselines=last.baselines, notes=tuple(notes),
+        evaluations=sum(stage.proposal.evaluations for stage in stages), max_evaluations=max_evaluations,
+        failed=failed, candidates=last.candidates, baselines=tuple(other.candidates[0] for other in others),
+        notes=tuple(notes),
     )  # fmt: skip
     return PruneResult(last.model, report)
 

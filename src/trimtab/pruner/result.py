@@ -51,8 +51,8 @@ class PruneReport:
         evaluations: Configurations that were scored in the search.
         max_evaluations: As many might have been.
         failed: Of them, how many had no score.
-        candidates: The best of the search after fine-tuning, the chosen one first.
-        baselines: Rules without learning at the same budget, with the same fine-tuning; empty where not asked for.
+        candidates: What the agent proposed, after fine-tuning, the chosen one first.
+        baselines: The best of each other method that was asked for, at the same budget with the same fine-tuning.
         notes: What else has to be said.
         latency: Measured seconds of the dense and the pruned network, where the target was latency.
     """

@@ -2,7 +2,7 @@
 
 Called by `prune`. Every agent begins with the same configurations (uniform, and one threshold for all parts, on the
 grid), and the best seen counts, not the last policy: so the answer is never worse on validation than those two.
-FINDINGS section 4: on three layers random search finds as much as PPO for as many evaluations, which is why `random`
+FINDINGS section 4: on three layers random search finds as much as PPO for as many evaluations, which is why that
 is an agent like the others.
 """
 
@@ -24,7 +24,7 @@ from trimtab.seeding import derive_seed, numpy_generator
 
 __all__ = ["AGENTS", "Search"]
 
-AGENTS = ("ppo", "paper", "random")
+AGENTS = ("ppo", "paper", "random-search")
 
 _EPISODES = 300  # in which PPO converges (FINDINGS section 4); repeated configurations cost nothing
 _EPISODES_PER_EVALUATION = 5
@@ -58,7 +58,7 @@ class Search:
         for configuration in self.seeds():
             if not self._is_enough():
                 self._score(configuration)
-        if self.agent == "random":
+        if self.agent == "random-search":
             self._at_random()
         else:
             self._learned()

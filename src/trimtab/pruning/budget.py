@@ -102,10 +102,11 @@ class Budget:
         network: What is pruned.
         target: What may be left.
         latency: Seconds of a configuration; for a target of latency.
+        dense: Cost that shares are of; None for the network's own. Another one where the network was pruned before.
 
     Attributes:
         limit: Of the cost: FLOPs, parameters or seconds.
-        dense: Cost of the dense network.
+        dense: See above.
         floor: Configuration of the smallest widths with all layers there.
 
     Raises:
@@ -113,11 +114,22 @@ class Budget:
     """
 
     def __init__(
-        self, network: Prunable, target: Target, latency: Callable[[Sequence[int]], float] | None = None
+        self,
+        network: Prunable,
+        target: Target,
+        latency: Callable[[Sequence[int]], float] | None = None,
+        *,
+        dense: float | None = None,
     ) -> None:
         self.network, self.target = network, target
-        self.cost = cost = self.cost_of(network, target, latency)
-        self.dense = cost(network.dense)
+        if target.kind == "latency":
+            if latency is None:
+                raise InputError("a target of latency needs latencies; give a table that was measured")
+            cost = latency
+        else:
+            cost = network.flops if target.kind == "flops" else network.parameters
+        self.cost: Callable[[Sequence[int]], float] = cost
+        self.dense = cost(network.dense) if dense is None else dense
         self.limit = target.share * self.dense
         self.floor = floor(network)
         least = cost(self.floor)
@@ -127,17 +139,6 @@ class Budget:
                 f"{least / self.dense:.3g} of the dense network's {target.kind} are left; raise the target, or lower "
                 "multiple or ignore less, so that parts can be smaller"
             )
-
-    @staticmethod
-    def cost_of(
-        network: Prunable, target: Target, latency: Callable[[Sequence[int]], float] | None = None
-    ) -> Callable[[Sequence[int]], float]:
-        """The cost that a target is about, of a configuration; arguments as of the class."""
-        if target.kind == "latency":
-            if latency is None:
-                raise InputError("a target of latency needs latencies; give a table that was measured")
-            return latency
-        return network.flops if target.kind == "flops" else network.parameters
 
     def share(self, configuration: Sequence[int]) -> float:
         """Cost of a configuration in units of the dense network's."""
