@@ -12,17 +12,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from trimtab.agents.widths import PRESETS, WidthPolicy
 from trimtab.envs.pruning import ALONE, Problem, PruningEnv, nearest
 from trimtab.pruning.allocations import by_threshold, draw, on_grid, uniform
-from trimtab.pruning.budget import Budget
+from trimtab.pruning.budget import Budget, Prunable
 from trimtab.pruning.parts import Configuration
 from trimtab.pruning.scorer import Scorer
 from trimtab.seeding import derive_seed, numpy_generator
 
-__all__ = ["AGENTS", "Search"]
+__all__ = ["AGENTS", "Search", "measure_alone", "seeds_of"]
+
+Scores = npt.NDArray[np.float64]
 
 AGENTS = ("ppo", "paper", "random-search")
 
@@ -67,8 +70,7 @@ class Search:
 
     def seeds(self) -> list[Configuration]:
         """What every search begins with."""
-        rules = (uniform(self.budget), by_threshold(self.budget, "global"))
-        return list(dict.fromkeys(on_grid(self.budget, configuration) for configuration in rules))
+        return seeds_of(self.budget)
 
     def _score(self, configuration: Configuration) -> float:
         before = self.scorer.n_evaluations
@@ -102,14 +104,29 @@ class Search:
             policy.load_weights(self.weights)
         policy.learn(self._max_episodes * len(network.parts), self._is_enough)
 
-    def _alone(self) -> np.ndarray | None:
+    def _alone(self) -> Scores | None:
         """What the network scores with one part alone cut; None where that would cost too much of the search."""
-        parts, dense = self.budget.network.parts, self.budget.network.dense
-        cuts = [
-            [(*dense[:place], nearest(part, share), *dense[place + 1 :]) for share in ALONE]
-            for place, part in enumerate(parts)
-        ]
-        n_new = len({c for of_part in cuts for c in of_part} - {dense})
+        network = self.budget.network
+        n_new = len({c for of_part in _cuts_alone(network) for c in of_part} - {network.dense})
         if self.agent == "paper" or n_new * _SHARE_ALONE > self.max_evaluations:
             return None
-        return np.array([[self._score(c) for c in of_part] for of_part in cuts])
+        return measure_alone(network, self._score)
+
+
+def seeds_of(budget: Budget) -> list[Configuration]:
+    """Uniform widths and those of one threshold, on the grid."""
+    rules = (uniform(budget), by_threshold(budget, "global"))
+    return list(dict.fromkeys(on_grid(budget, configuration) for configuration in rules))
+
+
+def measure_alone(network: Prunable, score: Callable[[Configuration], float]) -> Scores:
+    """Score of the network with one part alone cut, to each share in `envs.pruning.ALONE`; (parts, shares)."""
+    return np.array([[score(c) for c in of_part] for of_part in _cuts_alone(network)])
+
+
+def _cuts_alone(network: Prunable) -> list[list[Configuration]]:
+    dense = network.dense
+    return [
+        [(*dense[:place], nearest(part, share), *dense[place + 1 :]) for share in ALONE]
+        for place, part in enumerate(network.parts)
+    ]
