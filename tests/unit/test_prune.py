@@ -64,7 +64,7 @@ def test_every_method_keeps_to_the_budget(trained: nn.Module, agent: str) -> Non
     assert report.pruned.parameters == sum(p.numel() for p in result.model.parameters())
     assert report.pruned.bytes == 4 * report.pruned.parameters
     assert report.agent == agent
-    assert report.evaluations <= 16
+    assert report.evaluations <= (16 if agent != "exhaustive" else 32)
     assert report.pruned.score == report.candidates[0].after
     assert all(c.after is None or c.after <= report.pruned.score for c in report.candidates)
     with torch.no_grad():
@@ -91,6 +91,20 @@ def test_the_known_optimum_is_found() -> None:
         assert found[0] == best
         assert scorer.n_evaluations <= 24
         assert set(Search(budget, Scorer(network, score_of=score), "ppo", 24, seed).seeds()) <= set(scorer.scores)
+
+
+def test_exhaustive_looks_at_everything_within_the_budget(trained: nn.Module) -> None:
+    options = {"validation": (INPUTS, TARGETS), "target": {"flops": 0.4}}
+    best = trimtab.prune(trained, INPUTS[:1], agent="exhaustive", **options)
+    network = PrunableNetwork(trained, INPUTS[:1])
+    limit = 0.4 * network.flops(network.dense)
+    feasible = [c for c in itertools.product(*(part.widths for part in network.parts)) if network.flops(c) <= limit]
+    scores = [float((network.cut(c)(INPUTS).argmax(1) == TARGETS).double().mean()) for c in feasible]
+    assert best.report.evaluations == len(feasible)
+    assert best.report.score_before == pytest.approx(max(scores))
+    deep = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(6, 6), nn.ReLU())), nn.Linear(6, 3))
+    with pytest.raises(InputError, match=r"'exhaustive' would have to look at \d+ configurations, more than 20000"):
+        trimtab.prune(deep, INPUTS[:1], agent="exhaustive", **options)
 
 
 def test_the_policy_learns() -> None:

@@ -6,12 +6,14 @@ them afterwards is the same for all. Every method is a baseline of every other o
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from trimtab.errors import RunFailedError
+from trimtab.errors import InputError, RunFailedError
 from trimtab.pruner.search import AGENTS, Search
 from trimtab.pruning.allocations import THRESHOLDS, by_threshold, greedy, random_orders, uniform
 from trimtab.pruning.budget import Budget
@@ -22,7 +24,8 @@ from trimtab.seeding import torch_generator
 __all__ = ["LEARNED", "METHODS", "Proposal", "propose"]
 
 LEARNED = ("ppo", "paper")
-METHODS = (*AGENTS, "uniform", *THRESHOLDS, "random-units", "greedy")
+METHODS = (*AGENTS, "uniform", *THRESHOLDS, "random-units", "greedy", "exhaustive")
+MOST = 20_000  # configurations that "exhaustive" looks at
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def propose(
         found = tuple(search.run()[:n_best])
     elif name == "greedy":
         found = (greedy(budget, scorer.score),)
+    elif name == "exhaustive":
+        found = _all_of_them(budget, scorer)[:n_best]
     else:
         found = (uniform(budget) if name == "uniform" else by_threshold(budget, name),)
     scores = tuple(scorer.score(widths) for widths in found)
@@ -92,3 +97,20 @@ def propose(
             f"no configuration within the budget has a score; the first failure: {scorer.first_failure}"
         )
     return Proposal(found, scores, None, scorer.n_evaluations, scorer.n_failed, scorer.first_failure)
+
+
+def _all_of_them(budget: Budget, scorer: Scorer) -> tuple[Configuration, ...]:
+    """Every configuration on the grid that keeps to the budget, the best first.
+
+    Raises:
+        InputError: There are too many.
+    """
+    grids = [part.widths for part in budget.network.parts]
+    n = math.prod(len(grid) for grid in grids)
+    if n > MOST:
+        raise InputError(
+            f"agent 'exhaustive' would have to look at {n} configurations, more than {MOST}; take 'ppo', or a larger "
+            "multiple"
+        )
+    found = [widths for widths in itertools.product(*grids) if budget.fits(widths)]
+    return tuple(sorted(found, key=lambda widths: -scorer.score(widths)))
