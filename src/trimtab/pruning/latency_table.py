@@ -115,7 +115,7 @@ class LatencyTable:
         self.n_cells = sum(math.prod(grid.shape) for grid in self._grids)
 
     def _calibrate(self, times: OperationTimes) -> None:
-        """Hold the operations against the whole turn by turn; over all turns other load would fall on the whole alone."""
+        """Hold operations against the whole turn by turn: over all of them other load would fall on the whole alone."""
         self.whole_s, self.overhead_s, self.scale = float(np.median(times.whole)), 0.0, 1.0
         touched = [number for number, operation in enumerate(self._operations) if operation.parts]
         in_parts = times.operations[0][:, touched].sum(1)  # (repeats,) of the dense network, which is the first
