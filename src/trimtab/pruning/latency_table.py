@@ -19,8 +19,9 @@ for what an operation is. Deviations:
   than the whole (reading the clock, noise) they are scaled by the median ratio instead.
 
 What one operation does to the next (weights that push others out of the caches) is not in it. At batch size 1 the
-smallest configurations of the CNN of FINDINGS section 4 took two thirds to three quarters of what their table says; at
-64 the median error was a few per cent.
+smallest configurations of the CNN of FINDINGS section 4 took two thirds to three quarters of what their table says. At
+64 the median error was 7 to 13 % of the seconds, and 2 to 8 % of the share of the dense network's time (two draws of ten
+configurations; widths between the measured ones, 40 and 56, had the largest).
 """
 
 from __future__ import annotations
