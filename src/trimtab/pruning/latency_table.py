@@ -20,8 +20,8 @@ for what an operation is. Deviations:
 
 What one operation does to the next (weights that push others out of the caches) is not in it. At batch size 1 the
 smallest configurations of the CNN of FINDINGS section 4 took two thirds to three quarters of what their table says. At
-64 the median error was 7 to 13 % of the seconds, and 2 to 8 % of the share of the dense network's time (two draws of ten
-configurations; widths between the measured ones, 40 and 56, had the largest).
+64 the median error was 7 to 13 % of the seconds, and 2 to 8 % of the share of the dense network's time (two draws of
+ten configurations; widths between the measured ones, 40 and 56, had the largest).
 """
 
 from __future__ import annotations
