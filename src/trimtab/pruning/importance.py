@@ -18,7 +18,7 @@ from trimtab.surgery.layout import Spaces
 from trimtab.surgery.units import importance as _surgery_importance
 from trimtab.surgery.units import rows
 
-__all__ = ["IMPORTANCE", "ranked", "unit_scores"]
+__all__ = ["IMPORTANCE", "random_scores", "ranked", "unit_scores"]
 
 IMPORTANCE = ("l2", "product", "incoming", "outgoing", "random")
 
@@ -47,7 +47,7 @@ def unit_scores(
         raise unknown_name("importance", kind, IMPORTANCE)
     size = spaces[space].size
     if kind == "random":
-        return torch.rand(size, generator=torch_generator(seed, "random units", name), dtype=torch.float64)
+        return random_scores(size, seed, name)
     if kind != "l2":
         return _surgery_importance(slots, spaces, space, kind)
     square = torch.zeros(size, dtype=torch.float64)
@@ -56,6 +56,11 @@ def unit_scores(
             weights: Tensor = getattr(slot.module, slot.attribute)
             square += rows(weights, slot.dim, slot.layout, spaces, space).double().square().sum(1).cpu()
     return square.sqrt()
+
+
+def random_scores(size: int, seed: int, name: str) -> Tensor:
+    """Scores drawn for the units of one part; (units,), float64, on the CPU."""
+    return torch.rand(size, generator=torch_generator(seed, "random units", name), dtype=torch.float64)
 
 
 def ranked(scores: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from trimtab.surgery.layers import Removal, removals
 from trimtab.surgery.layout import Layout
 from trimtab.surgery.trace import trace
 
-__all__ = ["LocalCut", "PrunableNetwork", "units_of"]
+__all__ = ["LocalCut", "PrunableNetwork", "copied", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class PrunableNetwork:
         if importance not in IMPORTANCE:
             raise unknown_name("importance", importance, IMPORTANCE)
         self.inputs = as_inputs(example_inputs)
-        self.model = _copied(model)
+        self.model = copied(model)
         self.couplings = Couplings(trace(self.model, self.inputs))
         self.slicer = Slicer(self.couplings)
         self.refused: dict[str, str] = {}
@@ -324,7 +324,12 @@ def units_of(model: nn.Module, part: Part) -> int:
     return int(module.hidden_size if isinstance(module, nn.RNNBase) else module.weight.shape[0])
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a user's network, in evaluation.
+
+    Raises:
+        InputError: It is no network, or cannot be copied.
+    """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is {type(model).__name__}; expected a trained torch.nn.Module")
     try:
