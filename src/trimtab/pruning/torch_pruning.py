@@ -1,8 +1,9 @@
 """TorchPruningNetwork: a `Prunable` whose cutting is done by Torch-Pruning, an optional library.
 
-Called by `trimtab.pruner` for networks that `network` refuses as a whole (its tracing follows the operations of one
-forward pass, branches on data included), and by tests as an independent check of ours. Source: Fang, Ma, Song, Mi, Wang
-2023, *DepGraph: Towards Any Structural Pruning*, arXiv:2301.12900; package torch-pruning 1.6.1.
+Takes the place of `network.PrunableNetwork` where that refuses a network as a whole (autograd, by which this library
+traces, follows one forward pass through anything, branches on data included), and is an independent check of it in the
+tests. Source: Fang, Ma, Song, Mi, Wang 2023, *DepGraph: Towards Any Structural Pruning*, arXiv:2301.12900; package
+torch-pruning 1.6.1.
 
 Torch-Pruning passes over in silence what it has no rule for, and takes some layers for others (FINDINGS section 4). So
 nothing of it is believed: it says which places belong to a unit, and those are checked; all parts are cut together once
@@ -27,6 +28,7 @@ from trimtab.pruning.network import copied
 from trimtab.pruning.parts import Configuration, Part, check_configuration, width_grid
 from trimtab.pruning.torch_pruning_graph import (
     RIDES,
+    ROOTS,
     Graph,
     Group,
     import_library,
@@ -41,6 +43,7 @@ __all__ = ["IMPORTANCE", "TorchPruningNetwork"]
 
 IMPORTANCE = ("l2", "random")
 
+_LAYERS = (*ROOTS, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)  # and what users derive from them
 _TOLERANCE = 1e-2  # of the largest output: more than TF32 rounds, less than units in wrong places make
 
 
@@ -190,7 +193,7 @@ class TorchPruningNetwork:
             own = [key for key, _ in module.named_parameters(recurse=False)]
             if not own or name in made or name.startswith(attentions) or isinstance(module, RIDES):
                 continue
-            if not type(module).__module__.startswith("torch."):
+            if not isinstance(module, _LAYERS) and not type(module).__module__.startswith("torch."):
                 for key in own:
                     self.refused[join(name, key)] = "a parameter by itself: its units may lie on any axis"
                 continue
@@ -349,9 +352,11 @@ class TorchPruningNetwork:
                     index = place.index[order[width:]].flatten().to(tensors[place.tensor].device)
                     tensors[place.tensor].detach().index_fill_(place.axis, index, 0)
         for ours, theirs in zip(self._run(masked), self._run(new), strict=True):
+            if not ours.numel():
+                continue
             difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
             largest = ours.abs().max().item()
-            if not difference <= _TOLERANCE * largest:
+            if not difference <= largest * max(_TOLERANCE, 8 * torch.finfo(ours.dtype).eps):
                 raise RunFailedError(
                     f"what Torch-Pruning cut computes something else than the network without those units (outputs up "
                     f"to {largest:.3g} differ by {difference:.3g}): it takes them from the wrong places, or something "

@@ -300,6 +300,8 @@ def _without_its_warnings() -> Iterator[None]:
 
 def unsupported(module: nn.Module) -> str | None:
     """Why the units that a module makes, reads or passes on have to stay."""
+    if isinstance(module, (*ROOTS, nn.Embedding)) and "weight" not in dict(_own(module)):
+        return "its weight is computed from other tensors; remove the parametrization"
     if isinstance(module, nn.modules.conv._ConvNd):
         is_possible = module.groups == 1 or is_depthwise(module)
         return None if is_possible else f"a convolution of {module.groups} groups"
