@@ -323,8 +323,8 @@ def test_bad_input_is_one_error() -> None:
         TorchPruningNetwork(model, inputs, multiple=1, ignore=("5",))
     with pytest.raises(InputError, match="fails on the example inputs"):
         TorchPruningNetwork(model, inputs[:, :3], multiple=1)
-    with pytest.raises(InputError, match=r"0: it has 5 units and is pruned in.* 4: its units are the network's output"):
-        TorchPruningNetwork(model, inputs)
+    with pytest.raises(InputError, match=r"of Sequential can be pruned: 0: it has one unit; 1: its units are the netw"):
+        TorchPruningNetwork(nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 3)).double(), inputs)
     net = TorchPruningNetwork(model, inputs, multiple=1, ignore=("0",))
     assert net.refused["0"] == "it was asked to stay (ignore)"
     with pytest.raises(InputError, match="has 2 widths; expected 1, one for each of 2"):

@@ -67,7 +67,7 @@ class TorchPruningNetwork:
         model: Trained; it is copied and never touched.
         example_inputs: A tensor, or a tuple of the forward's positional arguments. FLOPs are those of this batch. With
             zeros for inputs less can be checked.
-        multiple: Widths are multiples of it, and the width of the dense network.
+        multiple: Widths are multiples of it, but for narrow parts and the dense width: see `parts.width_grid`.
         importance: One of `IMPORTANCE`, as in `trimtab.pruning.importance.unit_scores`; which units go first.
         ignore: Names of layers whose units stay.
         seed: Of the importance "random".
@@ -145,7 +145,7 @@ class TorchPruningNetwork:
             if any(maker in ignore for maker in group.makers):
                 group.refuse("it was asked to stay (ignore)")
             if len(width_grid(group.size, multiple)) < 2:
-                group.refuse(f"it has {group.size} units and is pruned in multiples of {multiple}")
+                group.refuse("it has one unit")
             if group.refusal is None:
                 found.append(group)
             else:
