@@ -18,7 +18,7 @@ from trimtab.cost import count_cost
 from trimtab.errors import InputError, MissingExtraError, RunFailedError, UnknownNameError
 from trimtab.pruning.allocations import by_threshold, draw, on_grid, uniform
 from trimtab.pruning.budget import Budget, Prunable, Target
-from trimtab.pruning.network import PrunableNetwork
+from trimtab.pruning.network import PrunableNetwork, units_of
 from trimtab.pruning.torch_pruning import TorchPruningNetwork
 from trimtab.tasks.residual import ResNet18
 from trimtab.tasks.vgg import vgg16
@@ -253,6 +253,39 @@ def test_groups_of_channels_are_refused() -> None:
     assert net.refused["1"] == "a convolution of 2 groups"
     assert net.refused["2"] == "its units meet '3' (GroupNorm): a group norm of 2 groups"
     assert net.cut((2,))[7].in_features == 18
+
+
+@needs_it
+def test_transposed_convolutions_are_cut() -> None:
+    model, inputs = drawn(
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(2, 4, 2), nn.ReLU(), nn.ConvTranspose2d(4, 6, 2), nn.ReLU(), nn.Conv2d(6, 3, 1)
+        ), 3, 2, 4, 4,
+    )  # fmt: skip
+    net = TorchPruningNetwork(model, inputs, multiple=1)
+    new = net.cut((1, 5))
+    assert [tuple(new[place].weight.shape[:2]) for place in (0, 2, 4)] == [(2, 1), (1, 5), (3, 5)]
+    assert [units_of(new, part) for part in net.parts] == [1, 5]
+    cost = count_cost(new, inputs)
+    assert (net.flops((1, 5)), net.parameters((1, 5))) == (cost.forward_flops, cost.parameters)
+    assert net.costs is not None
+    with torch.no_grad():
+        model[2].weight[net.orders[0][1:]] = 0
+        model[4].weight[:, net.orders[1][5:]] = 0
+        torch.testing.assert_close(new(inputs), model(inputs), atol=1e-10, rtol=0)
+
+
+@needs_it
+def test_shared_and_computed_weights_are_refused() -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+    )
+    model[2].weight = model[0].weight
+    torch.nn.utils.parametrizations.weight_norm(model[3])
+    net = TorchPruningNetwork(model, torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), multiple=1)
+    assert [part.name for part in net.parts] == ["4"]
+    assert net.refused["0"] == net.refused["2"] == "it shares a parameter with another module"
+    assert net.refused["3"] == "its weight is computed from other tensors; remove the parametrization"
 
 
 @needs_it

@@ -321,6 +321,8 @@ def units_of(model: nn.Module, part: Part) -> int:
         return int(module.num_heads)
     if isinstance(module, nn.Embedding):
         return int(module.embedding_dim)
+    if isinstance(module, nn.modules.conv._ConvNd):  # whose weight has them on another axis where it is transposed
+        return int(module.out_channels)
     return int(module.hidden_size if isinstance(module, nn.RNNBase) else module.weight.shape[0])
 
 
