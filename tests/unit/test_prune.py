@@ -266,6 +266,30 @@ def test_the_report_is_readable(trained: nn.Module) -> None:
     assert "before fine-tuning" in text
 
 
+def test_a_target_of_latency_is_kept_by_the_table_and_measured(trained: nn.Module, tmp_path: Path) -> None:
+    options = {"validation": (INPUTS, TARGETS), "target": {"latency": 0.9, "batch_size": 16}, "max_evaluations": 8}
+    result = trimtab.prune(trained, INPUTS[:1], checkpoint=tmp_path / "search", **options)
+    assert result.report.candidates[0].share <= 0.9
+    timings = result.report.latency["timings"]
+    assert [(t["model"], t["batch_size"]) for t in timings] == [("dense", 16), ("pruned", 16)]
+    table = json.loads((tmp_path / "search" / "latencies-1.json").read_text())
+    again = trimtab.prune(trained, INPUTS[:1], checkpoint=tmp_path / "search", **options)
+    assert json.loads((tmp_path / "search" / "latencies-1.json").read_text()) == table  # not measured again
+    assert again.report.widths == result.report.widths
+
+
+def test_another_library_cuts_to_the_same_network(trained: nn.Module) -> None:
+    pytest.importorskip("torch_pruning", reason='needs pip install "trimtab[prune]"')
+    options = {"validation": (INPUTS, TARGETS), "target": {"flops": 0.4}, "max_evaluations": 8}
+    ours, theirs = (
+        trimtab.prune(trained, INPUTS[:1], backend=backend, **options) for backend in ("surgery", "torch-pruning")
+    )
+    assert ours.report.widths == theirs.report.widths
+    assert (ours.model(INPUTS) - theirs.model(INPUTS)).abs().max() < 1e-5
+    with pytest.raises(InputError, match="target latency is measured layer by layer, which needs backend='surgery'"):
+        trimtab.prune(trained, INPUTS[:1], backend="torch-pruning", **{**options, "target": {"latency": 0.5}})
+
+
 def test_bad_input_is_one_error(trained: nn.Module) -> None:
     good = {"validation": (INPUTS, TARGETS), "max_evaluations": 8}
 
@@ -286,6 +310,7 @@ def test_bad_input_is_one_error(trained: nn.Module) -> None:
         ),
         ({"seed": -1}, "seed is -1"),
         ({"n_best": 0}, "n_best is 0"),
+        ({"backend": "torch"}, "backend 'torch'"),
         ({"fine_tune": 3}, "fine_tune is int"),
         ({"agent": "paper"}, "agent 'paper' retrains after each action: give fine_tune="),
         ({"stages": 2, "max_evaluations": 16}, "stages are fine-tuned in between: give fine_tune="),

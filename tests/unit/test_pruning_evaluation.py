@@ -15,6 +15,11 @@ from trimtab.errors import InputError
 from trimtab.pruning.evaluation import CachedEvaluator
 from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.scores import score_sum
+from trimtab.pruning.validation import Validation
+
+
+def validation(net: PrunableNetwork, inputs: object, targets: object, batch_size: int = 256) -> Validation:
+    return Validation((inputs, targets), net.model, len(net.inputs), batch_size=batch_size)
 
 
 @pytest.mark.parametrize("memory", [1 << 30, 20_000])  # bytes: everything fits, or nearly nothing
@@ -22,7 +27,7 @@ from trimtab.pruning.scores import score_sum
 def test_outputs_are_those_of_the_cut_network(name: str, memory: int) -> None:
     net, inputs = network(name)
     targets = torch.zeros(len(inputs), dtype=torch.long)
-    evaluator = CachedEvaluator(net, inputs, targets, batch_size=3, memory=memory)
+    evaluator = CachedEvaluator(net, validation(net, inputs, targets, 3), memory=memory)
     rng = np.random.default_rng(2)
     for _ in range(25):
         configuration = drawn(net, rng)
@@ -46,7 +51,7 @@ def test_sizes_that_the_forward_asks_for_are_those_of_the_cut_network() -> None:
 
     net = PrunableNetwork(Asking().double(), torch.randn(2, 1, 5, 5).double(), multiple=1)
     inputs = torch.randn(6, 1, 5, 5).double()
-    evaluator = CachedEvaluator(net, inputs, torch.zeros(6).long())
+    evaluator = CachedEvaluator(net, validation(net, inputs, torch.zeros(6).long()))
     for width in net.parts[0].widths:
         assert (evaluator.outputs((width,)) - net.cut((width,))(inputs)).abs().max() < 1e-10
 
@@ -55,7 +60,7 @@ def test_what_lies_before_the_first_difference_is_not_run_again() -> None:
     model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 24), nn.ReLU(),
                           nn.Linear(24, 3))  # fmt: skip
     net = PrunableNetwork(model, torch.zeros(1, 1, 8, 8))
-    evaluator = CachedEvaluator(net, torch.randn(10, 1, 8, 8), torch.zeros(10).long())
+    evaluator = CachedEvaluator(net, validation(net, torch.randn(10, 1, 8, 8), torch.zeros(10).long()))
     for configuration in itertools.product((8, 16), (8, 16, 24)):
         evaluator.score(configuration)
     # Convolution, ReLU and flatten once; dense and ReLU once for each width of the convolution; the end each time.
@@ -67,7 +72,7 @@ def test_what_lies_before_the_first_difference_is_not_run_again() -> None:
 def test_memory_is_bounded() -> None:
     model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     net = PrunableNetwork(model, torch.zeros(1, 4))
-    evaluator = CachedEvaluator(net, torch.randn(100, 4), torch.zeros(100).long(), memory=120_000)
+    evaluator = CachedEvaluator(net, validation(net, torch.randn(100, 4), torch.zeros(100).long()), memory=120_000)
     for configuration in itertools.product(net.parts[0].widths, net.parts[1].widths):
         evaluator.score(configuration)
     assert 0 < evaluator.bytes_kept <= 120_000
@@ -93,4 +98,4 @@ def test_bad_input_is_one_error() -> None:
         ((inputs[:, :2], long), "the network fails on the validation inputs: RuntimeError"),
     ]:
         with pytest.raises(InputError, match=text):
-            CachedEvaluator(net, *given)
+            validation(net, *given)

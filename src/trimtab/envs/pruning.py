@@ -26,6 +26,7 @@ from trimtab.pruning.evaluation import CachedEvaluator
 from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.parts import Configuration, Part
 from trimtab.pruning.scorer import Scorer
+from trimtab.pruning.validation import Validation
 
 __all__ = ["ALONE", "FEATURES", "N_LEVELS", "Problem", "PruningEnv", "nearest"]
 
@@ -236,6 +237,8 @@ def _problem(
         raise InputError("target latency has to be measured first; use trimtab.prune(..., target={'latency': ...})")
     network = PrunableNetwork(model, example_inputs, multiple=multiple)  # type: ignore[arg-type]  # it says what it is
     budget = Budget(network, parsed)
-    score_of = None if validation is None else CachedEvaluator.of(network, validation).score
+    score_of = None
+    if validation is not None:
+        score_of = CachedEvaluator(network, Validation(validation, network.model, len(network.inputs))).score
     scorer = Scorer(network, evaluate=evaluate, score_of=score_of)
     return Problem(network, budget, scorer.score, scorer.dense)

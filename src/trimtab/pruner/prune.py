@@ -21,12 +21,15 @@ from trimtab.pruner.choice import FineTune
 from trimtab.pruner.methods import METHODS
 from trimtab.pruner.result import Costs, PruneReport, PruneResult
 from trimtab.pruner.stage import Given, Outcome, run_method
-from trimtab.pruning.budget import Budget, Target
+from trimtab.pruning.budget import Budget, Prunable, Target
+from trimtab.pruning.latency import measure
+from trimtab.pruning.latency_table import LatencyTable
 from trimtab.pruning.network import PrunableNetwork, units_of
 from trimtab.storage import read_json, write_json
 
 __all__ = ["prune"]
 
+BACKENDS = ("surgery", "torch-pruning")
 MIN_EVALUATIONS = 8  # of a stage
 N_BEST = 5  # candidates that are fine-tuned
 _FEW = 2  # units, of which a reader is warned
@@ -49,6 +52,7 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
     stages: int = 1,
     n_best: int = N_BEST,
     baselines: Collection[str] = (),
+    backend: str = "surgery",
     checkpoint: str | Path | None = None,
     on_news: Callable[[News], None] | None = None,
 ) -> PruneResult:
@@ -80,6 +84,8 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         n_best: Configurations of the search that are fine-tuned and compared again.
         baselines: Other agents to compare with, by name, in one stage, each with evaluations of its own and the same
             fine-tuning.
+        backend: What finds the parts and cuts them: "surgery", ours, or "torch-pruning", for networks that torch.fx
+            cannot trace; it has FLOPs and parameters as targets, and needs `pip install "trimtab[prune]"`.
         checkpoint: Folder in which the search is kept, so that the same call goes on where it was ended.
         on_news: Told how far it is.
 
@@ -96,27 +102,26 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
     for name in baselines:
         if name not in METHODS:
             raise unknown_name("baseline", name, METHODS)
-    describe = partial(
-        PrunableNetwork,
-        example_inputs=example_inputs,
-        multiple=multiple,
-        importance=importance,
-        ignore=ignore,
-        seed=seed,
-    )
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
+    options: dict[str, Any] = {
+        "multiple": multiple, "importance": importance, "ignore": sorted(ignore), "seed": seed,
+    }  # fmt: skip
+    describe = partial(_network_of(backend), example_inputs=example_inputs, **options)
     dense = describe(model)
-    whole = Budget(dense, parsed)  # out of reach is said before anything is begun
     folder = None if checkpoint is None else Path(checkpoint)
-    given = Given(evaluate, validation, fine_tune, max_evaluations // stages, n_best, seed, None, on_news)
+    if parsed.kind != "latency":
+        Budget(dense, parsed)  # out of reach is said before anything is written
     if folder is not None:
-        options = {"agent": agent, "max_evaluations": max_evaluations, "seed": seed, "n_best": n_best, "stages": stages,
-                   "multiple": multiple, "importance": importance, "ignore": sorted(ignore)}  # fmt: skip
-        parts = {part.name: list(part.widths) for part in dense.parts}
-        _claim(folder, {"target": parsed.to_dict(), **options, "parts": parts})
+        options |= {"agent": agent, "max_evaluations": max_evaluations, "n_best": n_best, "stages": stages,
+                    "backend": backend, "parts": {part.name: list(part.widths) for part in dense.parts}}  # fmt: skip
+        _claim(folder, {"target": parsed.to_dict(), **options})
+    whole = _budget(dense, parsed, folder, 1, on_news)
+    given = Given(evaluate, validation, fine_tune, max_evaluations // stages, n_best, seed, None, on_news)
     network, outcomes = dense, list[Outcome]()
     for number in range(1, stages + 1):
         target_now = replace(parsed, share=parsed.share ** (number / stages))
-        budget = whole if stages == 1 else Budget(network, target_now, dense=whole.dense)
+        budget = whole if stages == 1 else _budget(network, target_now, folder, number, on_news, whole.dense)
         log = None if folder is None else folder / f"evaluations-{number}.jsonl"
         outcomes.append(run_method(agent, given, network, budget, log=log))
         if number < stages:
@@ -126,6 +131,42 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         log = None if folder is None else folder / f"evaluations-{name}.jsonl"
         others.append(run_method(name, replace(given, max_evaluations=max_evaluations), dense, whole, log=log))
     return _result(dense, whole, outcomes, others, max_evaluations, seed)
+
+
+def _network_of(backend: str) -> Callable[..., Prunable]:
+    if backend == "surgery":
+        return PrunableNetwork
+    from trimtab.pruning.torch_pruning import TorchPruningNetwork  # an extra
+
+    return TorchPruningNetwork
+
+
+def _budget(
+    network: Prunable,
+    target: Target,
+    folder: Path | None,
+    number: int,
+    on_news: Callable[[News], None] | None,
+    dense: float | None = None,
+) -> Budget:
+    """The budget; of a target of latency with a table that is measured, or was before."""
+    if target.kind != "latency" or target.batch_size is None:
+        return Budget(network, target, dense=dense)
+    if not isinstance(network, PrunableNetwork):
+        raise InputError("target latency is measured layer by layer, which needs backend='surgery'; or take flops")
+    path = None if folder is None else folder / f"latencies-{number}.json"
+    if path is not None and path.exists():
+        table = LatencyTable.load(network, target.batch_size, read_json(path))
+    else:
+
+        def tell(done: int, total: int) -> None:
+            if on_news is not None:
+                on_news(News("measurement", done, total, "latencies of layers"))
+
+        table = LatencyTable(network, target.batch_size, progress=tell)
+        if path is not None:
+            write_json(path, table.to_dict())
+    return Budget(network, target, table.seconds, dense=dense)
 
 
 def _check(agent: str, fine_tune: object, *, seed: int, **counts: int) -> None:
@@ -172,7 +213,7 @@ def _claim(folder: Path, asked: Mapping[str, Any]) -> None:
 
 
 def _result(
-    dense: PrunableNetwork,
+    dense: Prunable,
     budget: Budget,
     stages: Sequence[Outcome],
     others: Sequence[Outcome],
@@ -192,6 +233,10 @@ def _result(
     if failed:
         failure = next(stage.proposal.failure for stage in stages if stage.proposal.failure)
         notes.append(f"{failed} configurations had no score; the first: {failure}")
+    latency: dict[str, Any] = {}
+    if budget.target.batch_size is not None:
+        models = {"dense": dense.model, "pruned": last.model}
+        latency = measure(models, dense.inputs, batch_sizes=(budget.target.batch_size,)).to_dict()
     report = PruneReport(
         target=budget.target.to_dict(), agent=last.method, seed=seed,
         dense=_costs(dense.model, dense, stages[0].dense),
@@ -199,11 +244,11 @@ def _result(
         score_before=chosen.before, widths=sizes, refused=dense.refused,
         evaluations=sum(stage.proposal.evaluations for stage in stages), max_evaluations=max_evaluations,
         failed=failed, candidates=last.candidates, baselines=tuple(other.candidates[0] for other in others),
-        notes=tuple(notes),
+        notes=tuple(notes), latency=latency,
     )  # fmt: skip
     return PruneResult(last.model, report)
 
 
-def _costs(model: nn.Module, network: PrunableNetwork, score: float) -> Costs:
+def _costs(model: nn.Module, network: Prunable, score: float) -> Costs:
     cost = count_cost(model, network.inputs)
     return Costs(score, cost.forward_flops, cost.parameters, cost.bytes)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from trimtab.progress import News
 from trimtab.pruner.choice import Candidate, FineTune, pick, retrained, tuned
 from trimtab.pruner.methods import Proposal, propose
-from trimtab.pruning.budget import Budget
+from trimtab.pruning.budget import Budget, Prunable
 from trimtab.pruning.evaluation import CachedEvaluator
 from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.parts import Configuration
 from trimtab.pruning.scorer import Scorer
+from trimtab.pruning.validation import Validation
 
 __all__ = ["Given", "Outcome", "run_method"]
 
@@ -68,9 +69,7 @@ class Outcome:
     proposal: Proposal
 
 
-def run_method(
-    method: str, given: Given, network: PrunableNetwork, budget: Budget, *, log: Path | None = None
-) -> Outcome:
+def run_method(method: str, given: Given, network: Prunable, budget: Budget, *, log: Path | None = None) -> Outcome:
     """Let a method propose, fine-tune what it proposes, and pick the best.
 
     Args:
@@ -84,9 +83,11 @@ def run_method(
         InputError: The network cannot be scored.
         RunFailedError: No configuration has a score, or none after fine-tuning.
     """
-    evaluator = None if given.validation is None else CachedEvaluator.of(network, given.validation)
-    rate = given.evaluate if evaluator is None else evaluator.rate
-    score_of = None if evaluator is None else evaluator.score
+    rate, score_of = given.evaluate, None
+    if given.validation is not None:
+        validation = Validation(given.validation, network.model, len(network.inputs))
+        rate = validation.rate
+        score_of = _scores_on(validation, network)
     if method == "paper" and given.fine_tune is not None and rate is not None:
         score_of = partial(_score_retrained, network, given.fine_tune, rate, given.seed)
         scorer = Scorer(network, score_of=score_of, log=log)
@@ -109,8 +110,15 @@ def run_method(
     return Outcome(method, found[chosen][1], scorer.dense, tuple(ordered), proposal)
 
 
+def _scores_on(validation: Validation, network: Prunable) -> Callable[[Configuration], float]:
+    """Scores of configurations, with memory where we can look into the network."""
+    if isinstance(network, PrunableNetwork):
+        return CachedEvaluator(network, validation).score
+    return lambda widths: validation.rate(network.cut(widths))
+
+
 def _score_retrained(
-    network: PrunableNetwork,
+    network: Prunable,
     fine_tune: FineTune,
     rate: Callable[[nn.Module], float],
     seed: int,

@@ -19,6 +19,7 @@ from trimtab.pruning.budget import Budget, Target
 from trimtab.pruning.evaluation import CachedEvaluator
 from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.parts import Configuration
+from trimtab.pruning.validation import Validation
 from trimtab.seeding import derive_seed
 
 __all__ = ["SHARES", "TEACHING", "Classroom", "teach"]
@@ -73,7 +74,8 @@ class Classroom:
         if key not in self._ready:
             lesson = self._lessons[number]
             network = PrunableNetwork(lesson.model, lesson.inputs[:1], multiple=multiple)
-            evaluator = CachedEvaluator(network, lesson.inputs, lesson.targets, memory=_MEMORY, batch_size=1024)
+            pair = (lesson.inputs, lesson.targets)
+            evaluator = CachedEvaluator(network, Validation(pair, network.model, 1, batch_size=1024), memory=_MEMORY)
             self._ready[key] = network, evaluator, {}
         return self._ready[key]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ class Prunable(Protocol):
     """What a search needs of a network: `PrunableNetwork`, or one that another library cuts."""
 
     model: nn.Module
+    inputs: tuple[Any, ...]
     parts: tuple[Part, ...]
     refused: dict[str, str]
     dense: Configuration

@@ -23,16 +23,15 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from trimtab.errors import InputError
 from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.scores import score_sum
+from trimtab.pruning.validation import Validation
 from trimtab.surgery.layout import Axes, leaves
 
 __all__ = ["CachedEvaluator"]
 
 _FULL_LIMIT = 64  # choices of the widths before a layer, up to which it is computed at its full width
 _MEMORY = 1 << 30  # bytes
-_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -57,75 +56,20 @@ class CachedEvaluator:
 
     Args:
         network: What is pruned.
-        inputs: A tensor, or a tuple of the forward's positional arguments; samples along the first axis of each.
-        targets: See `trimtab.pruning.scores.score_sum`; samples along the first axis.
-        batch_size: Samples that go through the network at once.
+        validation: The set.
         memory: Bytes of results that are kept; the ones not used for longest go first.
 
     Attributes:
+        network: See above.
         n_operations: Operations that were run.
-
-    Raises:
-        InputError: Inputs and targets have not the same number of samples, or do not fit the network.
     """
 
-    def __init__(
-        self,
-        network: PrunableNetwork,
-        inputs: object,
-        targets: object,
-        *,
-        batch_size: int = _BATCH,
-        memory: int = _MEMORY,
-    ) -> None:
-        self._network = network
-        given = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-        tensors = [*given, targets]
-        if not all(isinstance(tensor, Tensor) and tensor.ndim > 0 for tensor in tensors):
-            kinds = ", ".join(type(tensor).__name__ for tensor in tensors)
-            raise InputError(f"validation has {kinds}; expected (inputs, targets), tensors with samples along axis 0")
-        sizes = {len(tensor) for tensor in tensors}
-        if len(sizes) > 1 or 0 in sizes:
-            raise InputError(f"validation has {sorted(sizes)} samples; expected as many inputs as targets, and some")
-        if len(given) != len(network.inputs):
-            raise InputError(
-                f"validation has {len(given)} inputs; the example inputs are {len(network.inputs)}: give the same "
-                "positional arguments of the forward"
-            )
-        self._batches = [
-            (tuple(part), part_of_targets)
-            for *part, part_of_targets in zip(*(tensor.split(batch_size) for tensor in tensors), strict=True)
-        ]
-        self._memory = memory
+    def __init__(self, network: PrunableNetwork, validation: Validation, *, memory: int = _MEMORY) -> None:
+        self.network, self._batches, self._memory = network, validation.batches, memory
         self._kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._bytes = 0
         self.n_operations = 0
         self._steps = _plan(network)
-        self._check()
-
-    @classmethod
-    def of(cls, network: PrunableNetwork, validation: object) -> CachedEvaluator:
-        """The evaluator of (inputs, targets).
-
-        Raises:
-            InputError: It is no pair, or see above.
-        """
-        if not isinstance(validation, (tuple, list)) or len(validation) != 2:
-            raise InputError(f"validation is {type(validation).__name__}; expected a pair (inputs, targets)")
-        return cls(network, *validation)
-
-    @torch.no_grad()
-    def _check(self) -> None:
-        """Say a wrong shape now, and not after a search has begun."""
-        first, targets = self._batches[0]
-        try:
-            outputs = self._network.model(*first)
-        except Exception as error:  # whatever the user's forward raises
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(
-                f"the network fails on the validation inputs: {reason}; give them as in training"
-            ) from error
-        score_sum(outputs, targets)
 
     @property
     def bytes_kept(self) -> int:
@@ -136,22 +80,16 @@ class CachedEvaluator:
     def score(self, configuration: Sequence[int]) -> float:
         """Mean score of the configuration on the validation set: accuracy, or minus the mean squared error."""
         total, n = 0.0, 0
-        kept = self._network.kept(configuration)
+        kept = self.network.kept(configuration)
         for number, (inputs, targets) in enumerate(self._batches):
             run = _Run(self, number, inputs, tuple(configuration), kept)
             sum_of_batch, n_of_batch = score_sum(run.output(), targets)
             total, n = total + sum_of_batch, n + n_of_batch
         return total / n
 
-    @torch.no_grad()
-    def rate(self, model: nn.Module) -> float:
-        """Mean score on the validation set of any network that takes its inputs."""
-        found = [score_sum(model(*inputs), targets) for inputs, targets in self._batches]
-        return sum(of_batch for of_batch, _ in found) / sum(n for _, n in found)
-
     def outputs(self, configuration: Sequence[int]) -> Tensor:
         """What the network puts out for the validation inputs; (samples, ...)."""
-        kept = self._network.kept(configuration)
+        kept = self.network.kept(configuration)
         with torch.no_grad():
             return torch.cat(
                 [
@@ -177,11 +115,6 @@ class CachedEvaluator:
         while self._bytes > self._memory and len(self._kept) > 1:
             _, gone = self._kept.popitem(last=False)
             self._bytes -= _bytes(gone)
-
-    @property
-    def network(self) -> PrunableNetwork:
-        """What is pruned."""
-        return self._network
 
 
 class _Run:
