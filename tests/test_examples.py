@@ -21,5 +21,13 @@ def test_own_loop_says_what_was_decided():
     assert lines[-1].startswith("accuracy after 60 steps from a rate of 1e-5: fixed 0.")
 
 
+def test_a_network_of_ones_own_is_pruned_saved_and_loaded():
+    lines = run("prune_own_network.py", "--epochs", "2").splitlines()
+    flops = next(line.split() for line in lines if line.startswith("flops"))
+    assert int(flops[2].replace(",", "")) <= 0.5 * int(flops[1].replace(",", ""))
+    assert any(line.startswith("random-search: ") for line in lines)
+    assert lines[-1].startswith("test accuracy: dense 0.")
+
+
 def test_every_example_is_tested():
-    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == ["own_loop.py"]
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == ["own_loop.py", "prune_own_network.py"]
