@@ -2,11 +2,12 @@
 
     python benchmarks/pruning.py [--rounds 40] [--out FILE.json]          (needs pip install "trimtab[prune]")
 
-The CNN of the study (conv 32, conv 64, max pooling, dense 512), 256 random images: what they show costs nothing. In each
-round, in one process and one thread, one configuration drawn at random within half of the FLOPs is scored four ways, in an
-order that changes: by an episode of the environment (three steps, the last of which scores, with what earlier rounds left
-in memory), by Torch-Pruning as its users call it (a copy, its pruner with group importance, its step) and an evaluation,
-by Torch-Pruning with the units already known and an evaluation, and by our own cut and an evaluation. CPU seconds.
+The CNN of the study (conv 32, conv 64, max pooling, dense 512), 256 random images: what they show costs nothing. In
+each round, in one process and one thread, one configuration drawn at random within half of the FLOPs is scored four
+ways, in an order that changes: by an episode of the environment (three steps, the last of which scores, with what
+earlier rounds left in memory), by Torch-Pruning as its users call it (a copy, its pruner with group importance, its
+step) and an evaluation, by Torch-Pruning with the units already known and an evaluation, and by our own cut and an
+evaluation. CPU seconds.
 
 Then PPO from nothing plays 300 episodes on the same network, whose time is wall time.
 """
@@ -71,6 +72,7 @@ def play(env: PruningEnv, widths: Configuration) -> None:
 
 
 def main() -> int:
+    """Measure, print, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path)
