@@ -288,12 +288,12 @@ def test_layers_that_are_made_alike_are_measured_once() -> None:
 
 
 def test_widths_in_between_count_as_the_next_larger_one() -> None:
-    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 20), nn.ReLU(), nn.Linear(20, 2))
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 40), nn.ReLU(), nn.Linear(40, 2))
     net = PrunableNetwork(model, torch.zeros(2, 4))
     table = LatencyTable(net, 2, timer=by_flops(net))
-    assert table.seconds((9, 17)) == table.seconds((16, 20)) > table.seconds((8, 16)) == table.seconds((1, 9))
+    assert table.seconds((9, 17)) == table.seconds((16, 24)) > table.seconds((8, 16)) == table.seconds((1, 9))
     with pytest.raises(InputError, match="width 33 of '0'; expected 1 to 32"):
-        table.seconds((33, 20))
+        table.seconds((33, 40))
 
 
 def test_noise_does_not_make_a_larger_network_faster() -> None:

@@ -29,7 +29,7 @@ def run(path: Path, *inputs: Tensor) -> list[np.ndarray]:
     return session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
 
 
-@pytest.mark.parametrize("name", ["cnn", "residual", "lstm"])
+@pytest.mark.parametrize("name", ["cnn", *(pytest.param(x, marks=pytest.mark.slow) for x in ("residual", "lstm"))])
 def test_a_pruned_network_is_exported_and_compared(name: str, tmp_path: Path) -> None:
     model, inputs = networks.make(name, torch.float32)
     surgeon = Surgeon(model, inputs)

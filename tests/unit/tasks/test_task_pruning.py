@@ -144,6 +144,7 @@ def test_a_step_on_the_real_sets(name):
     assert loop.step().item() == pytest.approx({"imdb": 0.693}.get(task.dataset, 2.303), abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(REAL is None, reason="TRIMTAB_DATA names no folder with the real sets")
 @pytest.mark.parametrize(
     ("name", "sizes", "n_common"),  # two reviews that go on differently begin with the same 64 tokens
