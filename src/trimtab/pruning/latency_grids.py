@@ -4,7 +4,8 @@ Called by `latency_table`. Nothing is measured here.
 
 An operation is a call of a module with weights and all that runs after it until the next one. It depends on the widths
 of the parts whose units it makes, reads or carries. Up to two parts have an axis of its grid each; of more (a
-concatenation) those that the operation makes are one axis and the others one, by their numbers of units together.
+concatenation) those that the operation makes are one axis and the others one, by how long an axis their units make
+together.
 
 Heads and feed-forward units inside a transformer module have a grid for each part alone, the others being dense; what
 each saves is taken off the module's time. Layers that are made alike share theirs.
@@ -41,15 +42,16 @@ class Axis:
     Attributes:
         parts: Their places.
         levels: (levels, parts) widths at which it is measured.
+        places: Of one unit of each part on the axis that is read; a channel has many behind a flatten.
     """
 
     parts: tuple[int, ...]
     levels: tuple[tuple[int, ...], ...]
+    places: tuple[int, ...]
 
-    @property
-    def units(self) -> list[int]:
-        """Units of all parts together at each level, ascending."""
-        return [sum(level) for level in self.levels]
+    def length(self, widths: Sequence[int]) -> int:
+        """Of the axis, by width of each of its parts."""
+        return sum(width * places for width, places in zip(widths, self.places, strict=True))
 
 
 @dataclass
@@ -94,12 +96,15 @@ class Grid:
         """Seconds at widths of all parts, of which it looks at its own."""
         values: Any = self.smooth
         for axis in self.axes:
-            units, wanted = axis.units, sum(widths[part] for part in axis.parts)
-            if len(units) == 1:
+            lengths, wanted = (
+                [axis.length(level) for level in axis.levels],
+                axis.length([widths[p] for p in axis.parts]),
+            )
+            if len(lengths) == 1:
                 values = values[0]
                 continue
-            k = min(int(np.searchsorted(units, wanted, side="right")) - 1, len(units) - 2)
-            share = min(1.0, max(0.0, (wanted - units[k]) / (units[k + 1] - units[k]))) if k >= 0 else 0.0
+            k = min(int(np.searchsorted(lengths, wanted, side="right")) - 1, len(lengths) - 2)
+            share = min(1.0, max(0.0, (wanted - lengths[k]) / (lengths[k + 1] - lengths[k]))) if k >= 0 else 0.0
             values = (1 - share) * values[max(k, 0)] + share * values[max(k, 0) + 1]
         return float(values)
 
@@ -150,7 +155,7 @@ def operations(network: PrunableNetwork) -> list[Operation]:
 
 
 def _operation(network: PrunableNetwork, number: int, nodes: Sequence[fx.Node]) -> Operation:
-    carried, made, local = _parts_of(network, nodes)
+    carried, made, local = _parts_of(network, nodes)  # place of a part -> places of one of its units
     parts = tuple(sorted({*carried, *local}))
     called = {str(node.target) for node in nodes if node.op == "call_module"}
     removable = tuple(part for part in carried if called & _taken_out(network, part))
@@ -161,33 +166,43 @@ def _operation(network: PrunableNetwork, number: int, nodes: Sequence[fx.Node]) 
             if parts and any(node.op != "call_module" or str(node.target) not in names for node in nodes):
                 fixed = dict.fromkeys(gone, 0) | {part: network.dense[part] for part in local}
                 left = [part for part in carried if part not in gone]
-                grids[gone] = Grid(number, fixed, _axes(network, left, made))
+                grids[gone] = Grid(number, fixed, _axes(network, {part: carried[part] for part in left}, made))
     twins: dict[tuple[Any, ...], Grid] = {}
     of_local = {}
     for part in local:
         dense = {other: network.dense[other] for other in parts if other != part}
-        grid = Grid(number, dense, (_axis(network, (part,)),))
+        grid = Grid(number, dense, (_axis(network, {part: 1}),))
         of_local[part] = twins.setdefault(_made_alike(network, part), grid)
     name = str(nodes[0].target) if number > 0 else ""
     return Operation(name, parts, removable, grids, of_local)
 
 
-def _parts_of(network: PrunableNetwork, nodes: Sequence[fx.Node]) -> tuple[list[int], set[int], list[int]]:
-    """Parts whose units lie on what an operation reads, makes or carries; those it makes; those inside its modules."""
+def _parts_of(network: PrunableNetwork, nodes: Sequence[fx.Node]) -> tuple[dict[int, int], set[int], list[int]]:
+    """Parts whose units lie on what an operation reads, makes or carries; those it makes; those inside its modules.
+
+    The first come with the places that one of their units has on the axis that the operation's weights read, 1 where
+    they read none.
+    """
     c = network.couplings
     by_space = {way.space: place for place, way in enumerate(network.ways) if way.space is not None}
     modules = {c.trace.module(node): str(node.target) for node in nodes if node.op == "call_module"}
     slots = [slot for slot in c.slots if slot.module in modules]
     values = [c.values.get(value) for node in nodes for value in (node, *node.all_input_nodes)]
     layouts = [layout for axes in leaves(values) for layout in axes.layouts] + [slot.layout for slot in slots]
-    spaces = {space for layout in layouts for space in c.spaces.in_layout(layout)}
+    spaces = {space for layout in layouts for space in c.spaces.in_layout(layout)} & by_space.keys()
+    carried = dict.fromkeys(sorted(by_space[space] for space in spaces), 1)
+    for slot in slots:
+        for segment in slot.layout if slot.role == "reads" else ():
+            space = None if segment.space is None else c.spaces.root(segment.space)
+            if space in spaces:
+                carried[by_space[space]] = max(carried[by_space[space]], segment.width)
     made = {space for slot in slots if slot.role == "makes" for space in c.spaces.in_layout(slot.layout)}
     local = [
         place
         for place, way in enumerate(network.ways)
         if way.local is not None and any(f"{way.local.module}.".startswith(f"{name}.") for name in modules.values())
     ]
-    return sorted(by_space[s] for s in spaces & by_space.keys()), {by_space[s] for s in made & by_space.keys()}, local
+    return carried, {by_space[space] for space in made & by_space.keys()}, local
 
 
 def _taken_out(network: PrunableNetwork, part: int) -> set[str]:
@@ -207,24 +222,25 @@ def _made_alike(network: PrunableNetwork, part: int) -> tuple[Any, ...]:
     return local.kind, role, network.parts[part].widths, shapes
 
 
-def _axes(network: PrunableNetwork, parts: Sequence[int], made: set[int]) -> tuple[Axis, ...]:
+def _axes(network: PrunableNetwork, parts: Mapping[int, int], made: set[int]) -> tuple[Axis, ...]:
     """Each part by itself, or those that are made and the others, where they are more than two."""
     if len(parts) <= 2:
-        groups: list[tuple[int, ...]] = [(part,) for part in parts]
+        groups = [{part: places} for part, places in parts.items()]
     else:
-        groups = [tuple(p for p in parts if p not in made), tuple(p for p in parts if p in made)]
-    return tuple(_axis(network, group) for group in groups if group)
+        is_made = [{p: places for p, places in parts.items() if (p in made) == here} for here in (False, True)]
+        groups = [group for group in is_made if group]
+    return tuple(_axis(network, group) for group in groups)
 
 
-def _axis(network: PrunableNetwork, parts: tuple[int, ...]) -> Axis:
+def _axis(network: PrunableNetwork, parts: Mapping[int, int]) -> Axis:
     """Levels from the smallest widths to the largest, every part's evenly among those that it has."""
     choices = [[width for width in network.parts[part].widths if width > 0] for part in parts]
     n = min(_LEVELS, max(map(len, choices)))
-    last = max(1, n - 1)
-    return Axis(parts, tuple(
-        tuple(widths[len(widths) - 1 - round((n - 1 - k) * (len(widths) - 1) / last)] for widths in choices)
-        for k in range(n)
-    ))  # fmt: skip
+    levels = []
+    for k in range(n):
+        down = (n - 1 - k) / max(1, n - 1)  # from the largest, which is always one
+        levels.append(tuple(widths[len(widths) - 1 - round(down * (len(widths) - 1))] for widths in choices))
+    return Axis(tuple(parts), tuple(levels), tuple(parts.values()))
 
 
 def cover(cells: Sequence[Assignment], dense: Configuration, rest: Configuration) -> list[Configuration]:
