@@ -134,8 +134,8 @@ def test_threads_and_modes_are_put_back_after_an_error() -> None:
     assert model.training
 
 
-def test_a_real_measurement() -> None:
-    models = {"wide": nn.Linear(8, 64), "small": nn.Linear(8, 2)}
+def test_a_real_measurement(device) -> None:
+    models = {"wide": nn.Linear(8, 64, device=device), "small": nn.Linear(8, 2, device=device)}
     found = measure(models, torch.zeros(2, 8), batch_sizes=(1, 5), repeats=3)
     assert [(t.model, t.batch_size) for t in found.timings] == [("wide", 1), ("small", 1), ("wide", 5), ("small", 5)]
     assert all(0 < t.lower_s <= t.median_s <= t.upper_s for t in found.timings)
@@ -218,8 +218,9 @@ def test_networks_that_do_not_fit_together_are_measured_one_after_the_other(monk
 
 
 @pytest.mark.parametrize("name", ["mlp", "sst2-bilstm", "encoder"])
-def test_a_real_table(name: str) -> None:
+def test_a_real_table(name: str, device) -> None:
     net, inputs = network(name)
+    net = PrunableNetwork(net.model.to(device), inputs.to(device), multiple=1)
     table = LatencyTable(net, 2, repeats=1)
     assert table.whole_s > 0
     assert table.seconds(net.dense) == pytest.approx(table.whole_s, rel=1e-9)
@@ -238,6 +239,29 @@ def test_a_table_adds_up_to_the_closed_form(name: str) -> None:
         expected = PER_FLOP * net.flops(configuration) + CONSTANT
         assert table.seconds(configuration) == pytest.approx(expected, rel=1e-9), configuration
     assert (table.scale, table.whole_s) == (1, PER_FLOP * net.flops(net.dense) + CONSTANT)
+
+
+def test_many_parts_that_are_read_together_share_an_axis() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolutions = nn.ModuleList(nn.Conv2d(2 + 8 * k, 8, 3, padding=1) for k in range(4))
+            self.head = nn.Linear((2 + 8 * 4) * 4 + 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            last = x
+            for convolution in self.convolutions:
+                last = torch.relu(convolution(x))
+                x = torch.cat([x, last], 1)
+            return self.head(torch.cat([torch.flatten(x, 1), last.mean((2, 3))], 1))  # the last has five places a unit
+
+    net = PrunableNetwork(Dense(), torch.zeros(2, 2, 2, 2), multiple=1)
+    table = LatencyTable(net, 2, timer=by_flops(net))
+    assert table.n_cells == 5 + 25 + 25 + 25 + 5  # each reads all before it; the head makes nothing that is pruned
+    rng = np.random.default_rng(0)
+    for configuration in (drawn(net, rng) for _ in range(20)):
+        expected = PER_FLOP * net.flops(configuration) + CONSTANT
+        assert table.seconds(configuration) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("depth", "n_cells"), [(2, 35), (6, 135), (20, 485)])

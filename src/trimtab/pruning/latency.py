@@ -6,14 +6,14 @@ so that a search itself can be repeated to the bit.
 
 A machine is never quiet. What is compared is therefore run in turns, each in every repeat, in one process, with a
 number of threads that is set and told; medians are taken; and every pass whose time is kept comes straight after one of
-the same network whose time is not, so that caches hold what they hold when one network runs all the time.
+the same network whose time is not, so that caches hold what they hold when one network runs all the time. With one
+thread on a CPU that others use too, the clock `time.thread_time` leaves out the turns of the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -261,10 +261,10 @@ class OperationTimer:
     def _groups(self, configurations: Sequence[Configuration]) -> list[list[Configuration]]:
         dense = size_of(self._network.model)[1] / self._network.parameters(self._network.dense)
         groups: list[list[Configuration]] = []
-        there = math.inf
+        there = 0.0
         for configuration in configurations:
             size = dense * self._network.parameters(configuration)
-            if there + size > _TOGETHER:
+            if there + size > _TOGETHER or not groups:
                 groups.append([])
                 there = 0
             groups[-1].append(configuration)
@@ -279,12 +279,11 @@ class OperationTimer:
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         is_started = False
         for node in self._network.couplings.trace.graph.nodes:
-            if node in self._heads or node.op == "output" or (node.op != "placeholder" and not is_started):
-                if not is_started:
-                    graph.call_module(_MARK)  # what comes before the first operation is one by itself
-                    is_started = True
-                if node in self._heads or node.op == "output":
-                    graph.call_module(_MARK)
+            if not is_started and node.op != "placeholder":
+                graph.call_module(_MARK)  # what comes before the first module with weights is one by itself
+                is_started = True
+            if node in self._heads or node.op == "output":
+                graph.call_module(_MARK)
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta.pop("is_wrapped", None)  # or GraphModule wraps it for every later trace, which then fails
         forward = fx.GraphModule(model, graph)

@@ -192,10 +192,9 @@ def _parts_of(network: PrunableNetwork, nodes: Sequence[fx.Node]) -> tuple[dict[
     spaces = {space for layout in layouts for space in c.spaces.in_layout(layout)} & by_space.keys()
     carried = dict.fromkeys(sorted(by_space[space] for space in spaces), 1)
     for slot in slots:
-        for segment in slot.layout if slot.role == "reads" else ():
-            space = None if segment.space is None else c.spaces.root(segment.space)
-            if space in spaces:
-                carried[by_space[space]] = max(carried[by_space[space]], segment.width)
+        for space in spaces & set(c.spaces.in_layout(slot.layout)) if slot.role == "reads" else ():
+            of_space = [s.width for s in slot.layout if s.space is not None and c.spaces.root(s.space) == space]
+            carried[by_space[space]] = max(carried[by_space[space]], sum(of_space))
     made = {space for slot in slots if slot.role == "makes" for space in c.spaces.in_layout(slot.layout)}
     local = [
         place
