@@ -14,15 +14,14 @@ for what an operation is. Deviations:
 - A cell is the median of all that was measured of it. Noise would make the table fall where a width grows; a cell is
   replaced by the mean of the largest value at smaller or equal widths and the smallest at larger or equal ones, which
   is monotone in each width and leaves a monotone table as it is.
-- What the dense network takes as a whole and its operations do not is a constant that every configuration pays;
-  operations that no part touches are in it. Where the operations took longer than the whole (reading the clock, noise)
-  they are scaled to it instead.
+- What the dense network takes as a whole and its operations in the same turn do not (the median over the turns) is a
+  constant that every configuration pays; operations that no part touches are in it. Where the operations took longer
+  than the whole (reading the clock, noise) they are scaled by the median ratio instead.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +29,16 @@ import numpy as np
 
 from trimtab.errors import InputError
 from trimtab.pruning.budget import floor
-from trimtab.pruning.latency import Clock, OperationTimer, OperationTimes, Progress, check_count, device_name
+from trimtab.pruning.latency import (
+    Clock,
+    OperationTimer,
+    OperationTimes,
+    Progress,
+    check_count,
+    clock_for,
+    clock_name,
+    device_name,
+)
 from trimtab.pruning.latency_grids import Grid, cover, operations
 from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.parts import Configuration
@@ -50,7 +58,7 @@ class LatencyTable:
         batch_size: Samples of a forward pass, made of the network's example inputs (`latency.repeated`).
         repeats: Times that are kept of each network that is run.
         threads: That torch may use for one operation.
-        clock: Seconds.
+        clock: Seconds; see `latency.clock_for`.
         progress: Told after every forward's turn how many of all are over.
         timer: Measures configurations, instead of an `OperationTimer` with the above.
 
@@ -71,7 +79,7 @@ class LatencyTable:
         *,
         repeats: int = _REPEATS,
         threads: int = 1,
-        clock: Clock = time.perf_counter,
+        clock: Clock | None = None,
         progress: Progress | None = None,
         timer: Callable[[Sequence[Configuration]], OperationTimes] | None = None,
     ) -> None:
@@ -80,7 +88,8 @@ class LatencyTable:
             timer = OperationTimer(
                 network, batch_size, repeats=repeats, threads=threads, clock=clock, progress=progress
             )
-        self._made = {"repeats": repeats, "threads": threads}
+        name = clock_name(clock_for(network.model, threads, clock))
+        self._made = {"repeats": repeats, "threads": threads, "clock": name}
         wanted = [cell for grid in self._grids for cell in grid.cells().values()]
         configurations = cover(wanted, network.dense, floor(network))
         times = timer(configurations)
@@ -90,7 +99,7 @@ class LatencyTable:
                 rows = [k for k, c in enumerate(configurations) if all(c[part] == w for part, w in cell.items())]
                 medians[index] = np.median(times.operations[rows, :, grid.operation])
             grid.fill(medians)
-        self._calibrate(float(np.median(times.whole)))
+        self._calibrate(times)
 
     def _prepare(self, network: PrunableNetwork, batch_size: int) -> None:
         if not isinstance(network, PrunableNetwork):
@@ -105,14 +114,17 @@ class LatencyTable:
         self._kept: list[dict[tuple[int, ...], float]] = [{} for _ in self._operations]
         self.n_cells = sum(math.prod(grid.shape) for grid in self._grids)
 
-    def _calibrate(self, whole_s: float) -> None:
-        self.whole_s, self.overhead_s, self.scale = whole_s, 0.0, 1.0
-        dense = self.network.dense
-        touched = sum(o.seconds(dense, (True,) * len(dense)) for o in self._operations)
-        if touched > whole_s:
-            self.scale = whole_s / touched
+    def _calibrate(self, times: OperationTimes) -> None:
+        """Hold the operations against the whole turn by turn; over all turns other load would fall on the whole alone."""
+        self.whole_s, self.overhead_s, self.scale = float(np.median(times.whole)), 0.0, 1.0
+        touched = [number for number, operation in enumerate(self._operations) if operation.parts]
+        in_parts = times.operations[0][:, touched].sum(1)  # (repeats,) of the dense network, which is the first
+        whole = times.whole[: len(in_parts)]
+        overhead_s = float(np.median(whole - in_parts))
+        if overhead_s >= 0:
+            self.overhead_s = overhead_s
         else:
-            self.overhead_s = whole_s - touched
+            self.scale = float(np.median(whole / in_parts))
 
     def seconds(self, configuration: Sequence[int]) -> float:
         """Seconds of a forward pass.
@@ -142,10 +154,13 @@ class LatencyTable:
 
         Cells are medians as measured, in seconds, an axis of a nested list for each of `axes`.
         """
-        return {**self._describe(), **self._made, "whole_s": self.whole_s, "operations": [
+        return {**self._describe(), **self._made, **self._calibration(), "operations": [
             {"name": operation.name, "tables": [self._grid_to_dict(grid) for grid in operation.all_grids()]}
             for operation in self._operations
         ]}  # fmt: skip
+
+    def _calibration(self) -> dict[str, float]:
+        return {"whole_s": self.whole_s, "overhead_s": self.overhead_s, "scale": self.scale}
 
     def _grid_to_dict(self, grid: Grid) -> dict[str, Any]:
         names = [part.name for part in self.network.parts]
@@ -198,7 +213,7 @@ class LatencyTable:
                 raise InputError(
                     f"the table of latencies is not of this network, batch size and device: {said}; {measure_again}"
                 )
-            table._made = {key: data[key] for key in ("repeats", "threads")}
+            table._made = {key: data[key] for key in ("repeats", "threads", "clock")}
             for operation, saved in zip(table._operations, data["operations"], strict=True):
                 for grid, cells in zip(operation.all_grids(), saved["tables"], strict=True):
                     seconds = np.array(cells["seconds"], dtype=np.float64)
@@ -207,7 +222,9 @@ class LatencyTable:
                     grid.fill(seconds)
                     if table._grid_to_dict(grid) != cells:
                         raise ValueError(f"tables of {operation.name!r} are over other widths")
-            table._calibrate(float(data["whole_s"]))
+            table.whole_s, table.overhead_s, table.scale = (float(data[k]) for k in ("whole_s", "overhead_s", "scale"))
+            if not all(math.isfinite(value) and value >= 0 for value in table._calibration().values()):
+                raise ValueError(f"whole_s, overhead_s and scale are {table._calibration()}")
         except InputError:
             raise
         except (KeyError, TypeError, ValueError, IndexError) as error:
