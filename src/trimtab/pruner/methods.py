@@ -6,6 +6,7 @@ them afterwards is the same for all. Every method is a baseline of every other o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import RunFailedError
 from trimtab.pruner.search import AGENTS, Search
-from trimtab.pruning.allocations import THRESHOLDS, by_threshold, greedy, random_orders, uniform
+from trimtab.pruning.allocations import THRESHOLDS, by_threshold, every, greedy, random_orders, uniform
 from trimtab.pruning.budget import Budget
 from trimtab.pruning.parts import Configuration
 from trimtab.pruning.scorer import Scorer
@@ -22,7 +23,7 @@ from trimtab.seeding import torch_generator
 __all__ = ["LEARNED", "METHODS", "Proposal", "propose"]
 
 LEARNED = ("ppo", "paper")
-METHODS = (*AGENTS, "uniform", *THRESHOLDS, "random-units", "greedy")
+METHODS = (*AGENTS, "uniform", *THRESHOLDS, "random-units", "greedy", "exhaustive")
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,14 @@ def propose(
         budget: To keep to.
         scorer: Of the network's configurations, one for each method, so that none knows what others asked.
         rate: Score of any network.
-        max_evaluations: Of a search.
+        max_evaluations: Of a search; "exhaustive" scores all that keep to the budget.
         n_best: How many a search proposes at most.
         seed: Of what is drawn.
         weights: What "ppo" starts from.
         on_news: Told the number of evaluations.
 
     Raises:
-        InputError: The first network cannot be scored.
+        InputError: The first network cannot be scored, or there are too many configurations to score them all.
         RunFailedError: No configuration within the budget has a score.
     """
     if name == "random-units":
@@ -82,6 +83,12 @@ def propose(
     if name in AGENTS:
         search = Search(budget, scorer, name, max_evaluations, seed, weights, on_news)
         found = tuple(search.run()[:n_best])
+    elif name == "exhaustive":
+        for number, widths in enumerate(every(budget), start=1):
+            scorer.score(widths)
+            if on_news is not None:
+                on_news(number)
+        found = tuple(widths for widths in scorer.best(n_best) if scorer.scores[widths] > -math.inf)
     elif name == "greedy":
         found = (greedy(budget, scorer.score),)
     else:
