@@ -230,14 +230,17 @@ def _record(
         {"dense": network.model, "pruned": found.model}, ground.examples, batch_sizes=job["latency_batch_sizes"],
         repeats=job["latency_repeats"], threads=job["threads"],
     ).to_dict()  # fmt: skip
+    # Not the proposal's own score, which "paper" takes after a retraining.
+    val_before = None if found.cut is None else accuracy(found.cut, ground.val)
     test = HeldOut(ground.test)
-    before = None if found.cut is None else test.accuracy(found.cut.to(ground.device))
+    before = None if found.cut is None else test.accuracy(found.cut)
     after = test.accuracy(found.model)
     return {
         "schema": 1, "status": "done", "error": None, "task": job["task"], "seed": job["seed"], "target": dict(target),
-        "method": method, "widths": widths, "refused": dict(network.refused),
+        "method": method, "widths": widths, "kinds": {part.name: part.kind for part in network.parts},
+        "refused": dict(network.refused),
         "accuracy": {
-            "val": {"dense": dense["accuracy"]["val"], "before": chosen["before"], "after": chosen["after"]},
+            "val": {"dense": dense["accuracy"]["val"], "before": val_before, "after": chosen["after"]},
             "test": {"dense": dense["accuracy"]["test"], "before": before, "after": after},
         },
         **costs,
