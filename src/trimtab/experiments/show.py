@@ -75,10 +75,11 @@ def summary_table(out: Path) -> Table | None:
 
 def _pruning_table(results: Mapping[str, Any]) -> Table:
     """What each method came to at each target, in per cent."""
-    table = Table(title=f"{results.get('study')} ({results.get('scale')})", title_justify="left")
+    title = f"{results.get('study')} ({results.get('scale')}): test accuracy before and after fine-tuning, per cent"
+    table = Table(title=title, title_justify="left")
     for name in ("task", "target", "method"):
-        table.add_column(name, no_wrap=name == "method")
-    for name in ("dense", "before fine-tuning", "test accuracy", "MACs left"):
+        table.add_column(name, no_wrap=True)
+    for name in ("dense", "before", "after", "MACs left"):
         table.add_column(name, justify="right")
     table.add_column("what the interval of the difference says")
     for row in results.get("arms") or []:
