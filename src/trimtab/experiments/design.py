@@ -21,7 +21,18 @@ from trimtab.errors import InputError, unknown_name
 from trimtab.experiments.schema import ArmSpec, SearchSpec, StudyFile, parse_study
 from trimtab.yaml_files import read_yaml
 
-__all__ = ["FLOPS", "STEPS", "Arm", "Study", "Tuning", "at_least", "check_list", "find_study", "load_study", "study_names"]
+__all__ = [
+    "FLOPS",
+    "STEPS",
+    "Arm",
+    "Study",
+    "Tuning",
+    "at_least",
+    "check_list",
+    "find_study",
+    "load_study",
+    "study_names",
+]
 
 # Open loop: what they write follows from the step alone.
 BASELINES = ("constant", "step", "exponential", "cosine", "wsd", "default-cosine")

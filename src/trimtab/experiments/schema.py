@@ -258,7 +258,5 @@ def parse_scales(model: type[_Scaled], data: Mapping[str, Any], where: str, scal
                 allowed = [field for field in model.model_fields if field not in _FIXED]
                 raise unknown_name(f"key in scales.{name} of {where}", key, allowed)
         changed = {**data, **overrides}
-        checked[name] = check(
-            model, changed, where, needs=needs, overridden=tuple(overrides), prefix=f"scales.{name}."
-        )
+        checked[name] = check(model, changed, where, needs=needs, overridden=tuple(overrides), prefix=f"scales.{name}.")
     return checked.get(scale, plain)

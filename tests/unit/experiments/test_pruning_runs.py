@@ -285,7 +285,12 @@ def test_a_pruned_network_can_be_pruned_further(done, tmp_path):
 
 def test_a_target_of_latency_is_measured_once(tmp_path):
     outcome = prune_task(
-        NAME, target="latency=0.95,batch_size=64", agent="uniform", fine_tune_steps=1, scale="smoke", out=tmp_path / "out"
+        NAME,
+        target="latency=0.95,batch_size=64",
+        agent="uniform",
+        fine_tune_steps=1,
+        scale="smoke",
+        out=tmp_path / "out",
     )
     assert outcome.exit_code in (0, 1)  # what is in reach depends on the machine
     table = read_json(tmp_path / "out" / PIECE / "latency-table-64.json")
@@ -340,6 +345,7 @@ def test_a_builder_that_is_of_no_task_is_refused(done, tmp_path):
         ({"task": 3}, "is of no task"),
     ]
     for number, (builder, text) in enumerate(bad):
+
         class Own(torch.nn.Module):
             def __init__(self):
                 super().__init__()
@@ -367,7 +373,9 @@ def test_the_smoke_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert results["dense"][0]["metrics"]["test_accuracy"]["min"] > 0.9
     searches = [row for row in results["arms"] if row["id"] in ("ppo", "paper", "random-search")]
     assert all(row["metrics"]["evaluations"]["max"] <= 16 for row in searches)
-    best = {row["target_name"]: row["metrics"]["val_before"]["mean"] for row in results["arms"] if row["id"] == "exhaustive"}
+    best = {
+        row["target_name"]: row["metrics"]["val_before"]["mean"] for row in results["arms"] if row["id"] == "exhaustive"
+    }
     for row in results["arms"]:  # nothing on the grid scores higher than what was found by scoring everything
         if row["id"] in ("ppo", "random-search"):
             assert max(row["metrics"]["evaluations"]["values"]) <= 16

@@ -104,7 +104,9 @@ def run_cell(
     return record
 
 
-def make_budget(ground: Ground, network: PrunableNetwork, target: Mapping[str, Any], dense: float | None = None) -> Budget:
+def make_budget(
+    ground: Ground, network: PrunableNetwork, target: Mapping[str, Any], dense: float | None = None
+) -> Budget:
     """The budget of a target; for latency after the network's table, which is measured once and kept."""
     parsed = Target.parse(target)
     if parsed.kind != "latency":
@@ -251,5 +253,3 @@ def _record(
         "candidates": found.candidates, "history": found.history, "test_reads": test.reads,
         "notes": [*found.notes, *notes], "latency": latency, "times": dict(found.times),
     }  # fmt: skip
-
-

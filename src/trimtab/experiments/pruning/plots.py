@@ -78,7 +78,9 @@ def write_all(study: PruningFolder, results: Mapping[str, Any], folder: Path) ->
 
 def _look(arms: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Style, str]]:
     """Line and marker of every method."""
-    as_arms = [Arm(str(a["id"]), "", "learned" if a["kind"] == "learned" else "baseline", None, None, {}, {}) for a in arms]
+    as_arms = [
+        Arm(str(a["id"]), "", "learned" if a["kind"] == "learned" else "baseline", None, None, {}, {}) for a in arms
+    ]
     optimum = next((str(arm["id"]) for arm in arms if arm["kind"] == "optimum"), None)
     lines = styles(as_arms, optimum)
     return {arm.id: (lines[arm.id], _MARKERS[place % len(_MARKERS)]) for place, arm in enumerate(as_arms)}

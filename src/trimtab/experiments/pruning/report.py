@@ -93,7 +93,9 @@ def _plan(study: PruningFolder, results: Mapping[str, Any]) -> list[Block]:
     items = [f"Scale {plan['scale']}, root seed {plan['root_seed']}."]
     for entry, dense in zip(plan["plans"], results["dense"], strict=True):
         steps = dense["metrics"]["optimizer_steps"]["mean"]
-        trained = "not trained yet" if steps is None else f"{steps:,.0f} optimizer steps at the constant rate {dense['lr']:g}"
+        trained = (
+            "not trained yet" if steps is None else f"{steps:,.0f} optimizer steps at the constant rate {dense['lr']:g}"
+        )
         if dense["loaded_from"] is not None:
             trained = f"loaded from {dense['loaded_from']}"
         items.append(
@@ -132,7 +134,9 @@ def _timed(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     )
 
 
-def _task(study: PruningFolder, plan: Mapping[str, Any], results: Mapping[str, Any], pictures: list[Plot]) -> list[Block]:
+def _task(
+    study: PruningFolder, plan: Mapping[str, Any], results: Mapping[str, Any], pictures: list[Plot]
+) -> list[Block]:
     rows = [row for row in results["arms"] if row["task"] == plan["task"]]
     blocks: list[Block] = [Heading(3, plan["task"])]
     if not any(row["seeds"] for row in rows):
@@ -144,7 +148,10 @@ def _task(study: PruningFolder, plan: Mapping[str, Any], results: Mapping[str, A
         if not any(row["seeds"] for row in group):
             blocks.append(Paragraph("No cell at this target has come to its end."))
             continue
-        blocks += [tables.accuracy_table(group), tables.cost_table(group, study.plan["settings"]["latency_batch_sizes"])]
+        blocks += [
+            tables.accuracy_table(group),
+            tables.cost_table(group, study.plan["settings"]["latency_batch_sizes"]),
+        ]
         if len(next(row["widths"] for row in group if row["widths"])) <= _MANY_PARTS:
             blocks.append(tables.widths_table(group))
         blocks += _notes(group)

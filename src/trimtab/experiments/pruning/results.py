@@ -206,7 +206,9 @@ def _by_seed(row: Mapping[str, Any], metric: str) -> dict[int, float | None]:
 
 
 def _dense(study: PruningFolder, entry: Mapping[str, Any]) -> dict[str, Any]:
-    found = [study.dense[entry["task"], seed] for seed in range(entry["n_seeds"]) if (entry["task"], seed) in study.dense]
+    found = [
+        study.dense[entry["task"], seed] for seed in range(entry["n_seeds"]) if (entry["task"], seed) in study.dense
+    ]
     paths = {
         "test_accuracy": ("accuracy", "test"),
         "val_accuracy": ("accuracy", "val"),

@@ -277,7 +277,9 @@ def resolve(file: PruningFile, where: str, scale: str, methods: Sequence[str] | 
         given["methods"] = tuple(methods or given["methods"])
         plan = TaskPlan(task=spec.id, **given)
         if "paper" in plan.methods and plan.fine_tune_steps == 0:
-            raise InputError(f"{where}: the method 'paper' retrains after each action; give fine_tune_steps of 1 or more")
+            raise InputError(
+                f"{where}: the method 'paper' retrains after each action; give fine_tune_steps of 1 or more"
+            )
         for method, n in file.stages.items():
             if method in plan.methods and n > 1 and plan.max_evaluations < n * _LEAST_EVALUATIONS:
                 least = n * _LEAST_EVALUATIONS

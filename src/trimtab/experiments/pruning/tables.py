@@ -114,9 +114,7 @@ def widths_table(rows: Sequence[Row]) -> Table:
     """One task, one target: units left in each layer, mean over seeds."""
     parts = next((row["widths"] for row in rows if row["widths"]), {})
     columns = [f"{entry['kind']} {name} ({entry['dense']})" for name, entry in parts.items()]
-    lines = [
-        [row["id"], *(_units(row["widths"][name]["left"]) for name in parts)] for row in rows if row["widths"]
-    ]
+    lines = [[row["id"], *(_units(row["widths"][name]["left"]) for name in parts)] for row in rows if row["widths"]]
     return Table("Units left in each layer, mean over seeds; in brackets those of the dense network.",
                  ["method", *columns], lines)  # fmt: skip
 
