@@ -25,7 +25,7 @@ __all__ = ["builder_of", "load_pruned"]
 def load_pruned(
     directory: str | Path, model: nn.Module | None = None, *, map_location: str | torch.device = "cpu"
 ) -> nn.Module:
-    """Load a pruned network, that `PruneResult.save` or `trimtab prune` wrote; every tensor is the saved one to the bit.
+    """Load a pruned network that `PruneResult.save` or `trimtab prune` wrote; every tensor is the saved one.
 
     No file runs code: a task is looked up by name in our registry alone.
 

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from pruning_task import NAME, STUDY
 
 import trimtab
+from pruning_task import NAME, STUDY
 from trimtab import cli, registry
 from trimtab.errors import InputError, OutputError, RunFailedError
 from trimtab.experiments import run
@@ -215,8 +215,8 @@ def test_a_cell_that_fails_is_named_and_stops_no_other(study_file, tmp_path, mon
     assert outcome.exit_code == 1
     (why,) = outcome.failed.values()
     assert why == (
-        "ppo at flops 0.5: no luck; scratch at flops 0.5: scratch trains the network that ppo chose, which has not come to "
-        "its end"
+        "ppo at flops 0.5: no luck; scratch at flops 0.5: scratch trains the network that ppo chose, which has not "
+        "come to its end"
     )
     assert cell(tmp_path / "out", "uniform")["status"] == "done"
     assert "2 cells of 3 failed" in (tmp_path / "out" / "report.md").read_text()
@@ -363,7 +363,7 @@ def test_a_builder_that_is_of_no_task_is_refused(done, tmp_path):
 @pytest.mark.slow
 def test_the_smoke_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code, out, err = invoke(capsys, "run", "pruning", "--scale", "smoke")
+    code, _, err = invoke(capsys, "run", "pruning", "--scale", "smoke")
     assert code == 0, err
     folder = tmp_path / "runs" / "pruning"
     results = read_json(folder / "results.json")

@@ -230,8 +230,8 @@ def make(tmp_path, cells, *, n_seeds=5, methods=("ppo", "uniform", "random-searc
     out = tmp_path / "out"
     write_json(out / "study.json", study_json(study, {"python": "3"}))
     for seed in range(n_seeds):
-        record = {"accuracy": {"val": 0.9, "test": 0.9}, **DENSE, "trade_off": 0.9e6, "optimizer_steps": 30, "lr": 0.001,
-                  "loaded_from": None, "times": {"training_s": 1.0}}  # fmt: skip
+        record = {"accuracy": {"val": 0.9, "test": 0.9}, **DENSE, "trade_off": 0.9e6, "optimizer_steps": 30}
+        record |= {"lr": 0.001, "loaded_from": None, "times": {"training_s": 1.0}}
         write_json(out / "runs" / "digits-pruning" / f"seed-{seed}" / "dense.json", record)
     for one in cells:
         folder = out / "runs" / "digits-pruning" / f"seed-{one['seed']}" / "cells" / f"flops-{one['target']['flops']:g}"

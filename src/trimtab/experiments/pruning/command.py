@@ -50,7 +50,7 @@ def parse_target(text: str) -> dict[str, Any]:
     return Target.parse(found).to_dict()
 
 
-def prune_task(
+def prune_task(  # noqa: PLR0913 (each by name, and most of them left as they are)
     task: str,
     *,
     target: str,

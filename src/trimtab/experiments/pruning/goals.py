@@ -51,8 +51,8 @@ def goals_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 GOALS = {
-    "near the optimum": f"{AGENT} ends within one standard error of the best of all configurations, with at most a tenth "
-    "of its evaluations",
+    "near the optimum": f"{AGENT} ends within one standard error of the best of all configurations, with at most a "
+    "tenth of its evaluations",
     "as good as the best baseline": f"the paired 95 % interval of the difference of {AGENT} to the best baseline lies "
     "above -1 point of test accuracy, after the same fine-tuning",
     "faster": f"the speed-up at batch {_BATCH} is at least {_SPEED:g} of the reduction in MACs",
@@ -100,8 +100,8 @@ def _near_the_optimum(ours: Row, rows: Sequence[Row]) -> tuple[str, str]:
         return NOT_KNOWN, f"one seed has no standard error ({points(difference)}, {share:.2g} of the evaluations)"
     is_near = difference["mean"] >= -stderr
     why = (
-        f"{points(difference)} against the optimum, whose standard error is {100 * stderr:.1f} points, with {share:.2g} "
-        "of its evaluations"
+        f"{points(difference)} against the optimum, whose standard error is {100 * stderr:.1f} points, with "
+        f"{share:.2g} of its evaluations"
     )
     return (REACHED if is_near and share <= _TENTH else NOT_REACHED), why
 

@@ -54,8 +54,9 @@ class HeldOut:
 def accuracy(model: nn.Module, split: Split) -> float:
     """Share of a split's samples that a network in evaluation classifies rightly."""
     right = 0.0
-    for inputs, targets in zip(split.inputs.split(_BATCH), split.targets.split(_BATCH), strict=True):
-        right += score_sum(model(inputs), targets)[0]
+    for start in range(0, len(split.targets), _BATCH):
+        batch = slice(start, start + _BATCH)
+        right += score_sum(model(split.inputs[batch]), split.targets[batch])[0]
     return right / len(split.targets)
 
 
@@ -132,8 +133,10 @@ class Ground:
             raise InputError(f"task {task.name!r} is of {task.kind}; a study of pruning needs one of classification")
         data = load_data(task.name, job["scale"], data_dir)
         device = torch.device(find_device(job["device"]))
-        splits = [Split(s.inputs.to(device), s.targets.to(device)) for s in (data.train, data.val, data.test)]
-        return cls(job, task, data, device, *splits, folder)
+        train, val, test = (
+            Split(split.inputs.to(device), split.targets.to(device)) for split in (data.train, data.val, data.test)
+        )
+        return cls(job, task, data, device, train, val, test, folder)
 
     def seed(self, purpose: str) -> int:
         """Seed of one purpose, the same for all cells of this piece of work."""

@@ -1,7 +1,7 @@
 """One piece of work of a study of pruning: one task under one seed, from its dense network to its last cell.
 
-Called by the executors in a worker process. A cell's file is whole when it is there, so that a killed piece of work goes
-on with the cells that are missing; only times then differ from one that was not killed.
+Called by the executors in a worker process. A cell's file is whole when it is there, so that a killed piece of work
+goes on with the cells that are missing; only times then differ from one that was not killed.
 
     runs/TASK/seed-N/run.json         what was asked                                (first)
     runs/TASK/seed-N/dense/           the dense network, as trimtab.load_pruned reads it; dense.json: its numbers

@@ -1,7 +1,7 @@
 """The pictures of a report of pruning: accuracy against FLOPs and against time, widths, scores over evaluations.
 
-Called by `report`; drawn on Figure objects, so that no state of pyplot is touched. A method keeps its colour and marker in
-every picture.
+Called by `report`; drawn on Figure objects, so that no state of pyplot is touched. A method keeps its colour and marker
+in every picture.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["write_all"]
 
 _MARKERS = "osD^vP<X>*hp"
 _FLOPS = (
-    "Test accuracy after fine-tuning on {task} against the FLOPs that are left, one line for each method over the targets; "
-    "the numbers are in the tables of accuracy and cost.",
+    "Test accuracy after fine-tuning on {task} against the FLOPs that are left, one line for each method over the "
+    "targets; the numbers are in the tables of accuracy and cost.",
     "Each method's front: test accuracy after fine-tuning (left) and before it (right) against FLOPs left; points are "
-    "means over seeds, bars 95 % intervals (range below five seeds), the dashed line is the dense network. Up and to the "
-    "left is better.",
+    "means over seeds, bars 95 % intervals (range below five seeds), the dashed line is the dense network. Up and to "
+    "the left is better.",
 )
 _LATENCY = (
     "Test accuracy after fine-tuning on {task} against measured time, one line for each method over the targets; the "
@@ -36,8 +36,8 @@ _LATENCY = (
     "(range below five seeds) of accuracy. What saves FLOPs and no time stays on the right.",
 )
 _WIDTHS = (
-    "Units left in each layer on {task}, one panel for each target, beside those of the dense network; the numbers are in "
-    "the tables of units.",
+    "Units left in each layer on {task}, one panel for each target, beside those of the dense network; the numbers are "
+    "in the tables of units.",
     "Units in each layer before (grey bars, the dense network) and after (points, means over seeds), on a logarithmic "
     "scale; a point on the lower edge: the layer was taken out.",
 )
@@ -184,8 +184,8 @@ def _history(study: PruningFolder, plan: Mapping[str, Any], look: Look) -> Figur
             style, _ = look[method]
             if method == "ppo":
                 for history in found:
-                    axis.scatter(range(1, len(history) + 1), 100 * np.array(history), s=4, color=style.color, alpha=0.25,
-                                 linewidths=0)  # fmt: skip
+                    axis.scatter(range(1, len(history) + 1), 100 * np.array(history), s=4, color=style.color,
+                                 alpha=0.25, linewidths=0)  # fmt: skip
             longest = max(len(history) for history in found)
             best = np.array([np.fmax.accumulate([*h, *[np.nan] * (longest - len(h))]) for h in found])
             axis.plot(range(1, longest + 1), 100 * best.mean(axis=0), color=style.color, linestyle=style.dash,
@@ -203,8 +203,8 @@ def _legend(figure: Figure, rows: Rows, look: Look, *, lines: bool = True) -> No
     """Methods by name, and what stands for the dense network."""
     shown = list(dict.fromkeys(row["id"] for row in rows))
     handles: list[Any] = [
-        Line2D([], [], color=look[name][0].color, linestyle=look[name][0].dash if lines else "none", marker=look[name][1],
-               linewidth=look[name][0].width, markersize=5)
+        Line2D([], [], color=look[name][0].color, linestyle=look[name][0].dash if lines else "none",
+               marker=look[name][1], linewidth=look[name][0].width, markersize=5)
         for name in shown
     ]  # fmt: skip
     dense = Line2D([], [], color=INK if lines else PALE, linestyle=(0, (4, 3)) if lines else "-",

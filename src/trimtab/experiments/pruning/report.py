@@ -64,9 +64,9 @@ def compose(study: PruningFolder, results: Mapping[str, Any], pictures: Sequence
 
 _HOW_TO_READ = (
     "Differences are paired by seed: one seed is one dense network, which every method prunes. Under "
-    f"{MIN_SEEDS} seeds there is no interval and no verdict; from five to ten seeds the interval is Student's t, above ten "
-    "a BCa bootstrap. Each interval stands for itself: nothing is corrected for their number, and the best baseline is "
-    "the best on test, which favours it."
+    f"{MIN_SEEDS} seeds there is no interval and no verdict; from five to ten seeds the interval is Student's t, above "
+    "ten a BCa bootstrap. Each interval stands for itself: nothing is corrected for their number, and the best "
+    "baseline is the best on test, which favours it."
 )
 
 
@@ -100,18 +100,18 @@ def _plan(study: PruningFolder, results: Mapping[str, Any]) -> list[Block]:
             trained = f"loaded from {dense['loaded_from']}"
         items.append(
             f"Task {entry['task']}: {words.count(entry['n_seeds'], 'seed')}; dense network {trained}; at most "
-            f"{words.count(entry['max_evaluations'], 'evaluation')} a search; the {entry['n_best']} best are fine-tuned; a "
-            f"fine-tuning is {words.count(entry['fine_tune_steps'], 'optimizer step')}."
+            f"{words.count(entry['max_evaluations'], 'evaluation')} a search; the {entry['n_best']} best are "
+            f"fine-tuned; a fine-tuning is {words.count(entry['fine_tune_steps'], 'optimizer step')}."
         )
     items += [
-        f"Fine-tuning: Adam at {settings['fine_tune_rate']:g} of the task's rate on the training samples, the same in the "
-        "same order for every method of a seed; scratch has no fine-tuning: it is trained as long as the dense network.",
-        "Searches score on validation, and the choice among what was fine-tuned is made there. Test is read at the end of "
-        "a cell by the chosen network alone: once as it was cut, once as it was fine-tuned.",
+        f"Fine-tuning: Adam at {settings['fine_tune_rate']:g} of the task's rate on the training samples, the same in "
+        "the same order for every method of a seed; scratch has none: it is trained as long as the dense network.",
+        "Searches score on validation, and the choice among what was fine-tuned is made there. Test is read at the end "
+        "of a cell by the chosen network alone: once as it was cut, once as it was fine-tuned.",
         f"Widths are multiples of {settings['multiple']}, but for narrow layers and for the rules uniform, global and "
         "lamp, which choose to the unit.",
-        "FLOPs are those of a forward pass of one sample, two a MAC; the trade-off score is test accuracy (as a share) x "
-        "(1 / GFLOPs), as in the write-up: it is a number to report, and no aim, since it is best for the smallest "
+        "FLOPs are those of a forward pass of one sample, two a MAC; the trade-off score is test accuracy (as a share) "
+        "x (1 / GFLOPs), as in the write-up: it is a number to report, and no aim, since it is best for the smallest "
         "network.",
         _timed(results, settings),
     ]
@@ -128,9 +128,9 @@ def _timed(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     found = next((row["latency"] for row in results["arms"] if row["latency"]), None)
     where = "" if found is None else f" on {found['device']}, by the clock {found['clock']}"
     return (
-        f"Times are medians of {settings['latency_repeats']} forward passes{where}, the dense and the pruned network in "
-        f"turns, at batch {sizes}, {words.count(settings['threads'], 'thread')}; other work of the study may have run on "
-        "the machine."
+        f"Times are medians of {settings['latency_repeats']} forward passes{where}, the dense and the pruned network "
+        f"in turns, at batch {sizes}, {words.count(settings['threads'], 'thread')}; other work of the study may have "
+        "run on the machine."
     )
 
 
@@ -156,7 +156,7 @@ def _task(
             blocks.append(tables.widths_table(group))
         blocks += _notes(group)
     blocks += [Image(plot.path, plot.alt, plot.caption) for plot in pictures if plot.kind in ("widths", "history")]
-    refused = next((row["refused"] for row in rows if row["refused"]), {})
+    refused: Mapping[str, str] = next((row["refused"] for row in rows if row["refused"]), {})
     if refused:
         blocks += [Paragraph("Layers whose units had to stay:"),
                    Bullets([f"{name}: {reason}." for name, reason in refused.items()])]  # fmt: skip
@@ -164,7 +164,7 @@ def _task(
 
 
 def _in_words(target: Mapping[str, Any]) -> str:
-    """A target as a heading says it: "half"-free, in per cent of the dense network's."""
+    """A target as a heading says it, in per cent of the dense network's."""
     kind = next(key for key in target if key != "batch_size")
     name = {"flops": "FLOPs", "params": "parameters", "latency": f"time at batch {target.get('batch_size', 1)}"}[kind]
     return f"at most {100 * target[kind]:g} % of the {name}"

@@ -1,7 +1,7 @@
 """Run a study of pruning: check everything, do its pieces of work in worker processes, go on after any interruption.
 
-Called by `trimtab.experiments.run` for files of `kind: pruning`, and by `command`. Nothing is written and nothing trains
-before names, targets, data and the folder have been checked.
+Called by `trimtab.experiments.run` for files of `kind: pruning`, and by `command`. Nothing is written and nothing
+trains before names, targets, data and the folder have been checked.
 """
 
 from __future__ import annotations

@@ -171,8 +171,8 @@ class PruningStudy:
         scale: Of the tasks.
         root_seed: Root of all seeds.
         plans: One for each task.
-        settings: The same for all tasks: fine_tune_rate, multiple, stages, latency_batch_sizes, latency_repeats, device,
-            threads.
+        settings: The same for all tasks: fine_tune_rate, multiple, stages, latency_batch_sizes, latency_repeats,
+            device, threads.
         model: Folder of a network that is pruned instead of one that is trained, or None.
         save: Method -> folder, relative to the study's, in which its network is kept.
     """
@@ -340,7 +340,7 @@ def jobs_of(study: PruningStudy) -> list[dict[str, Any]]:
 
 
 def kind_of(method: str) -> str:
-    """ "learned", "optimum" (all configurations were scored) or "baseline"."""
+    """What a method is: "learned", "optimum" (all configurations were scored) or "baseline"."""
     if method in LEARNED:
         return "learned"
     return "optimum" if method == "exhaustive" else "baseline"

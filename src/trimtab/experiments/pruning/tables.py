@@ -55,8 +55,8 @@ def dense_table(dense: Sequence[Row]) -> Table:
             _mean(numbers["trade_off"]),
         ])  # fmt: skip
     caption = (
-        "Dense networks. Accuracies in per cent, mean with 95 % interval over seeds (range below five seeds); MACs of one "
-        "sample's forward pass; trade-off: test accuracy x (1 / FLOPs), per GFLOP."
+        "Dense networks. Accuracies in per cent, mean with 95 % interval over seeds (range below five seeds); MACs of "
+        "one sample's forward pass; trade-off: test accuracy x (1 / FLOPs), per GFLOP."
     )
     return Table(caption, ["task", "test accuracy", "validation", "MACs", "parameters", "bytes", "trade-off"], rows)
 
@@ -80,8 +80,8 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
     columns = ["method", "test accuracy", "before fine-tuning", "validation"]
     columns += [] if ours is None else [f"{AGENT} minus it", "before fine-tuning"]
     caption = (
-        "Accuracy in per cent after fine-tuning, mean with 95 % interval over seeds (range below five seeds); differences "
-        "in points, paired by seed, positive where the agent is better."
+        "Accuracy in per cent after fine-tuning, mean with 95 % interval over seeds (range below five seeds); "
+        "differences in points, paired by seed, positive where the agent is better."
     )
     return Table(caption, [*columns, "evaluations", "search, s"], lines)
 
@@ -104,15 +104,15 @@ def cost_table(rows: Sequence[Row], batch_sizes: Sequence[int]) -> Table:
     columns = ["method", "MACs left", "parameters left", "bytes left", "pruning ratio", "MACs, fewer by"]
     columns += [f"faster, batch {size}" for size in batch_sizes]
     caption = (
-        "Cost, means over seeds. Left: in per cent of the dense network. Pruning ratio: share of the parameters that is "
-        "gone. Faster: time of the dense network over that of the pruned one, measured in turns."
+        "Cost, means over seeds. Left: in per cent of the dense network. Pruning ratio: share of the parameters that "
+        "is gone. Faster: time of the dense network over that of the pruned one, measured in turns."
     )
     return Table(caption, [*columns, "trade-off per GFLOP"], lines)
 
 
 def widths_table(rows: Sequence[Row]) -> Table:
     """One task, one target: units left in each layer, mean over seeds."""
-    parts = next((row["widths"] for row in rows if row["widths"]), {})
+    parts: Row = next((row["widths"] for row in rows if row["widths"]), {})
     columns = [f"{entry['kind']} {name} ({entry['dense']})" for name, entry in parts.items()]
     lines = [[row["id"], *(_units(row["widths"][name]["left"]) for name in parts)] for row in rows if row["widths"]]
     return Table("Units left in each layer, mean over seeds; in brackets those of the dense network.",

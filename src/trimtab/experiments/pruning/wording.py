@@ -60,7 +60,7 @@ def points(difference: Entry) -> str:
 
 
 def against(name: str, difference: Entry) -> str | None:
-    """ "better than uniform: +1.2 points ..."; None where no difference is shown."""
+    """The verdict as "better than uniform: +1.2 points ..."; None where no difference is shown."""
     if difference["verdict"] not in (BETTER, WORSE):
         return None
     return f"{difference['verdict']} than {name}: {points(difference)}"
