@@ -136,7 +136,7 @@ def test_fine_tuning_takes_the_same_samples_for_every_network(done):
         seen.append(rows)
     assert len(seen[0]) == 3
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-    assert tuner.rate == pytest.approx(1e-4)
+    assert tuner.rate == pytest.approx(5e-4)
 
 
 # Going on
