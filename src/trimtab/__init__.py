@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from trimtab.controller import Controller
     from trimtab.errors import ConflictError, InputError, RunFailedError, TrimtabError
     from trimtab.experiments.run import run
+    from trimtab.pruner.loading import load_pruned
     from trimtab.pruner.prune import prune
-    from trimtab.pruning.saving import load_pruned
     from trimtab.records import Decision
     from trimtab.safety import Gate, Safety
     from trimtab.spec import ControlSpec
@@ -55,7 +55,7 @@ _HOMES = {
     "RunFailedError": "trimtab.errors",
     "Safety": "trimtab.safety",
     "TrimtabError": "trimtab.errors",
-    "load_pruned": "trimtab.pruning.saving",
+    "load_pruned": "trimtab.pruner.loading",
     "prune": "trimtab.pruner.prune",
     "run": "trimtab.experiments.run",
 }

@@ -1,4 +1,4 @@
-"""The command line: `trimtab run | report | learn | list | show`.
+"""The command line: `trimtab run | prune | report | learn | list | show`.
 
 Nothing here imports torch, NumPy or matplotlib before a command needs them, so that help and lists are quick.
 This is the one place that reads an environment variable (TRIMTAB_DATA) and that turns errors into exit codes:
@@ -138,9 +138,6 @@ def run_command(  # noqa: PLR0913 (one argument for each option of the command)
 
         if tensorboard:
             raise InputError("--tensorboard is not available in this version; leave it out")
-        folder = data_dir
-        if folder is None and os.environ.get(DATA_VARIABLE):
-            folder = Path(os.environ[DATA_VARIABLE])
         outcome = run(
             study,
             scale=scale,
@@ -149,7 +146,7 @@ def run_command(  # noqa: PLR0913 (one argument for each option of the command)
             n_seeds=n_seeds,
             seed=seed,
             out=out,
-            data_dir=folder,
+            data_dir=_data_folder(data_dir),
             executor=executor,
             workers=workers,
             resume=resume,
@@ -173,6 +170,63 @@ def run_command(  # noqa: PLR0913 (one argument for each option of the command)
         return outcome.exit_code
 
     _guarded(action, _command_line("run", study, given))
+
+
+@app.command("prune")
+def prune_command(  # noqa: PLR0913 (one argument for each option of the command)
+    task: Annotated[str, typer.Argument(metavar="TASK", help="A task of `trimtab list tasks`.")],
+    target: Annotated[str, typer.Option(help="What may be left: flops=0.5, params=0.5, latency=0.5,batch_size=64.")],
+    agent: Annotated[str, typer.Option(help="What chooses the widths.")] = "ppo",
+    baselines: Annotated[str | None, typer.Option(help="Other methods to compare with, with commas.")] = None,
+    max_evaluations: Annotated[int, typer.Option(help="Configurations that a search scores.")] = 100,
+    fine_tune_steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of a fine-tuning; one pass over the data if not given.")
+    ] = None,
+    stages: Annotated[int, typer.Option(help="Stages of pruning and fine-tuning.")] = 1,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a saved network of the task, instead of training one.")
+    ] = None,
+    scale: Annotated[str, typer.Option(help="smoke, small or full.")] = "small",
+    seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; runs/prune-TASK if not given.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help=f"Folder with data sets; ${DATA_VARIABLE} if not given.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what is in --out.")] = False,
+) -> None:
+    """Train a task's network, prune it to a target, fine-tune it, and report."""
+    options: dict[str, Any] = {
+        "max_evaluations": max_evaluations, "stages": stages, "seed": seed, "fine_tune_steps": fine_tune_steps,
+        "model": model, "scale": scale, "out": out,
+    }  # fmt: skip
+    words = {"target": target, "agent": agent, "baselines": baselines, **options, "data-dir": data_dir}
+    usual = {"agent": "ppo", "max_evaluations": 100, "stages": 1, "seed": 0, "scale": "small"}
+    given = {name: None if value == usual.get(name) else value for name, value in words.items()}
+
+    def action() -> int:
+        from trimtab.experiments.pruning.command import SAVED, prune_task
+        from trimtab.progress import make_display
+
+        outcome = prune_task(
+            task,
+            target=target,
+            agent=agent,
+            baselines=[name.strip() for name in baselines.split(",")] if baselines else [],
+            data_dir=_data_folder(data_dir),
+            resume=resume,
+            display=make_display(Console(stderr=True)),
+            **options,
+        )
+        _print_summary(outcome.out)
+        for why in outcome.failed.values():
+            Console(stderr=True, highlight=False).print(f"failed: {why}", markup=False, soft_wrap=True)
+        screen = Console(highlight=False)
+        if (outcome.out / SAVED).is_dir():
+            screen.print(f"network: {outcome.out / SAVED}", markup=False, soft_wrap=True)
+        screen.print(f"report: {outcome.report}", markup=False, soft_wrap=True)
+        return outcome.exit_code
+
+    _guarded(action, _command_line("prune", task, given))
 
 
 @app.command("report")
@@ -268,6 +322,13 @@ def show_command(
         return 0
 
     _guarded(action)
+
+
+def _data_folder(given: Path | None) -> Path | None:
+    """The folder of data sets that was given, or that the environment names."""
+    if given is None and os.environ.get(DATA_VARIABLE):
+        return Path(os.environ[DATA_VARIABLE])
+    return given
 
 
 def _rows(what: str) -> dict[str, str]:

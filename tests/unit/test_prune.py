@@ -103,7 +103,7 @@ def test_exhaustive_looks_at_everything_within_the_budget(trained: nn.Module) ->
     assert best.report.evaluations == len(feasible)
     assert best.report.score_before == pytest.approx(max(scores))
     deep = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(6, 6), nn.ReLU())), nn.Linear(6, 3))
-    with pytest.raises(InputError, match=r"'exhaustive' would have to look at \d+ configurations, more than 20000"):
+    with pytest.raises(InputError, match=r"the network has [\d,]+ configurations and all of them were to be scored"):
         trimtab.prune(deep, INPUTS[:1], agent="exhaustive", **options)
 
 

@@ -21,7 +21,18 @@ from trimtab.errors import InputError, unknown_name
 from trimtab.experiments.schema import ArmSpec, SearchSpec, StudyFile, parse_study
 from trimtab.yaml_files import read_yaml
 
-__all__ = ["FLOPS", "STEPS", "Arm", "Study", "Tuning", "load_study", "study_names"]
+__all__ = [
+    "FLOPS",
+    "STEPS",
+    "Arm",
+    "Study",
+    "Tuning",
+    "at_least",
+    "check_list",
+    "find_study",
+    "load_study",
+    "study_names",
+]
 
 # Open loop: what they write follows from the step alone.
 BASELINES = ("constant", "step", "exponential", "cosine", "wsd", "default-cosine")
@@ -171,23 +182,28 @@ def load_study(
     Raises:
         InputError: The study, or what was asked of it, is wrong.
     """
-    path = _find(name_or_path)
+    path = find_study(name_or_path)
     where = path.name
     file = parse_study(read_yaml(path), where, scale)
     changes: dict[str, Any] = {}
     if tasks is not None:
-        changes |= {"tasks": tuple(_check_list("tasks", tasks)), "optional_tasks": ()}
+        changes |= {"tasks": tuple(check_list("tasks", tasks)), "optional_tasks": ()}
         changes["benchmark_tasks"] = tuple(name for name in file.benchmark_tasks if name not in tasks)
     if n_seeds is not None:
-        changes["n_seeds"] = _at_least("n_seeds", n_seeds, 1)
+        changes["n_seeds"] = at_least("n_seeds", n_seeds, 1)
     if seed is not None:
-        changes["seed"] = _at_least("seed", seed, 0)
+        changes["seed"] = at_least("seed", seed, 0)
     file = file.model_copy(update=changes)
     _check_tasks(file, where)
-    return _Resolver(file, where, None if arms is None else _check_list("arms", arms)).study(scale)
+    return _Resolver(file, where, None if arms is None else check_list("arms", arms)).study(scale)
 
 
-def _find(name_or_path: str | Path) -> Path:
+def find_study(name_or_path: str | Path) -> Path:
+    """The file of a study by name or path.
+
+    Raises:
+        InputError: There is none.
+    """
     ours = study_names()
     text = str(name_or_path)
     if text in ours:
@@ -200,7 +216,12 @@ def _find(name_or_path: str | Path) -> Path:
     raise unknown_name("study", text, ours)
 
 
-def _check_list(key: str, given: Sequence[str]) -> list[str]:
+def check_list(key: str, given: Sequence[str]) -> list[str]:
+    """Names as they were given, without blanks.
+
+    Raises:
+        InputError: One is empty, or there twice.
+    """
     names = [name.strip() for name in given]
     if not names or not all(names):
         raise InputError(f"{key}: got an empty name, expected names with commas between them")
@@ -210,7 +231,12 @@ def _check_list(key: str, given: Sequence[str]) -> list[str]:
     return names
 
 
-def _at_least(key: str, given: int, least: int) -> int:
+def at_least(key: str, given: int, least: int) -> int:
+    """A whole number of at least so much.
+
+    Raises:
+        InputError: It is none.
+    """
     if isinstance(given, bool) or not isinstance(given, int) or given < least:
         raise InputError(f"{key}: got {given!r}, expected a whole number of at least {least}")
     return given

@@ -20,7 +20,7 @@ from trimtab.experiments.report_html import to_html
 from trimtab.experiments.report_tables import plan_table, rate, result_tables
 from trimtab.experiments.results import collect_study
 from trimtab.experiments.stats import MIN_SEEDS
-from trimtab.storage import atomic_write, write_json
+from trimtab.storage import atomic_write, read_json, write_json
 
 __all__ = ["write"]
 
@@ -41,6 +41,10 @@ def write(out: Path) -> Path:
         OutputError: The folder cannot be written.
     """
     out = Path(out)
+    if _kind_of(out) == "pruning":
+        from trimtab.experiments.pruning import report as pruning_report
+
+        return pruning_report.write(out)
     study = read_study(out)
     results = collect_study(study)
     write_json(out / "results.json", results)
@@ -50,6 +54,12 @@ def write(out: Path) -> Path:
     atomic_write(out / "report.md", to_markdown(blocks, out))
     atomic_write(out / "report.html", to_html(f"trimtab: {results['study']}", blocks))
     return out / "report.html"
+
+
+def _kind_of(out: Path) -> str | None:
+    """What study.json says of its kind; None of a study that controls training, and where there is none."""
+    plan = read_json(out / "study.json") if (out / "study.json").is_file() else None
+    return plan.get("kind") if isinstance(plan, dict) else None
 
 
 def compose(study: StudyFolder, results: Mapping[str, Any], pictures: list[Plot]) -> list[Block]:

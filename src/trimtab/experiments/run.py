@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import machine, registry
-from trimtab.errors import InputError, MissingDataError, MissingExtraError, OutputError
+from trimtab.errors import InputError, MissingDataError, MissingExtraError, OutputError, unknown_name
 from trimtab.executors import make_executor
 from trimtab.experiments.conductor import Conductor, result_of
-from trimtab.experiments.design import Study, load_study
+from trimtab.experiments.design import Study, find_study, load_study
 from trimtab.experiments.plan import Job, first_difference, plan_jobs, study_json, tuned_jobs, tuning_jobs
 from trimtab.folders import WorkFolder, nothing_is_bad_input
 from trimtab.progress import Display, Silent
 from trimtab.storage import read_json, write_json
+from trimtab.yaml_files import read_yaml
 
-__all__ = ["Outcome", "run", "run_study"]
+__all__ = ["KINDS", "Outcome", "check_data_dir", "check_workers", "run", "run_study"]
+
+KINDS = ("pruning",)  # of study files, beside those that control training and name none
 
 # What does one job, and what checks one without running it.
 RUN_ONE = "trimtab.experiments.single:run_one"
@@ -74,7 +77,7 @@ def run(
         name_or_path: One of ours ("demo"), or a YAML file.
         scale: "smoke", "small" or "full".
         tasks: Run these tasks alone.
-        arms: Run these arms alone.
+        arms: Run these arms alone; of a study of pruning its methods.
         n_seeds: Instead of the study's number of seeds.
         seed: Instead of the study's root seed.
         out: Folder of the study; runs/STUDY where it is None.
@@ -85,9 +88,27 @@ def run(
         InputError: Something that was given is wrong; nothing was started and nothing is left behind.
         RunFailedError: The study could not go on at all.
     """
-    study = load_study(name_or_path, scale=scale, tasks=tasks, arms=arms, n_seeds=n_seeds, seed=seed)
-    folder = Path("runs") / study.study if out is None else Path(out)
-    return run_study(study, folder, data_dir=None if data_dir is None else Path(data_dir), **how)
+    asked: dict[str, Any] = {"scale": scale, "tasks": tasks, "arms": arms, "n_seeds": n_seeds, "seed": seed}
+    how["data_dir"] = None if data_dir is None else Path(data_dir)
+    if _kind_of(name_or_path) == "pruning":
+        from trimtab.experiments.pruning.run import run_pruning_study  # what prunes is not asked for otherwise
+        from trimtab.experiments.pruning.schema import load_pruning_study
+
+        plan = load_pruning_study(name_or_path, **asked)
+        return run_pruning_study(plan, Path("runs") / plan.study if out is None else Path(out), **how)
+    study = load_study(name_or_path, **asked)
+    return run_study(study, Path("runs") / study.study if out is None else Path(out), **how)
+
+
+def _kind_of(name_or_path: str | Path) -> str | None:
+    """What a study file says of its kind; None of one that controls training."""
+    path = find_study(name_or_path)
+    data = read_yaml(path)
+    if "kind" not in data:
+        return None
+    if data["kind"] not in KINDS:
+        raise unknown_name(f"kind of study in {path.name}", data["kind"], KINDS)
+    return str(data["kind"])
 
 
 def run_study(
@@ -120,8 +141,8 @@ def run_study(
     """
     display = display or Silent()
     out = out.absolute()
-    data_dir = _check_data_dir(data_dir)
-    workers = _check_workers(workers, executor, study)
+    data_dir = check_data_dir(data_dir)
+    workers = check_workers(workers, executor, study.settings, RUN_ONE)
     folder = WorkFolder(out, "study.json", "study", "running a study")
     there = read_json(out / "study.json") if folder.is_begun(resume) else None
     study = _with_data(study, data_dir) if there is None else _as_begun(study, there, out)
@@ -152,19 +173,35 @@ def _conduct(study: Study, out: Path, data_dir: Path | None, workers: int, displ
     return Outcome(out, path, conductor.n_runs, dict(conductor.failed), left_out)
 
 
-def _check_data_dir(data_dir: Path | None) -> Path | None:
+def check_data_dir(data_dir: Path | None) -> Path | None:
+    """The folder of data sets, absolute.
+
+    Raises:
+        MissingDataError: It is not there.
+    """
     if data_dir is not None and not data_dir.is_dir():
         raise MissingDataError(f"the data directory {data_dir} is not there, or is no folder (--data-dir)")
     return None if data_dir is None else data_dir.absolute()
 
 
-def _check_workers(workers: int | None, executor: str, study: Study) -> int:
+def check_workers(workers: int | None, executor: str, settings: Mapping[str, Any], function: str) -> int:
+    """Processes at once; one for each core where it is None.
+
+    Args:
+        workers: As it was given.
+        executor: Its name.
+        settings: device and threads.
+        function: "module:attribute" of what does the work.
+
+    Raises:
+        InputError: The number or the name is none.
+    """
     if workers is None:
-        device = machine.resolve_device(str(study.settings["device"]))
-        workers = machine.default_workers(device, int(study.settings["threads"]))
+        device = machine.resolve_device(str(settings["device"]))
+        workers = machine.default_workers(device, int(settings["threads"]))
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise InputError(f"workers: got {workers!r}, expected a whole number of 0 (in this process) or more")
-    make_executor(executor, RUN_ONE, workers=workers).close()  # refuses a wrong name; starts nothing
+    make_executor(executor, function, workers=workers).close()  # refuses a wrong name; starts nothing
     return workers
 
 

@@ -6,8 +6,8 @@ Called by trimtab.experiments.design; how a file is read and what is said of a b
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
 
@@ -26,14 +26,15 @@ from trimtab.yaml_files import (
     whole,
 )
 
-__all__ = ["SCALES", "ArmSpec", "Rate", "SearchSpec", "StudyFile", "TuningSpec", "parse_study"]
+__all__ = ["SCALES", "ArmSpec", "Rate", "SearchSpec", "StudyFile", "TuningSpec", "parse_scales", "parse_study"]
 
 SCALES = ("smoke", "small", "full")
 # What an arm may begin with instead of the task's own.
 START = ("accumulation", "batch_size")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 # What a scale may not change: what the study is, and the scales themselves.
-_FIXED = ("study", "idea", "scales")
+_FIXED = ("study", "kind", "idea", "scales")
+_Scaled = TypeVar("_Scaled", bound=Strict)
 
 
 def _rate(value: Any) -> Any:
@@ -228,20 +229,34 @@ def parse_study(data: Mapping[str, Any], where: str, scale: str) -> StudyFile:
     Raises:
         InputError: A key is unknown or its value wrong, at this scale or at another.
     """
+    return parse_scales(StudyFile, data, where, scale, "every study needs study, idea, tasks and arms")
+
+
+def parse_scales(model: type[_Scaled], data: Mapping[str, Any], where: str, scale: str, needs: str) -> _Scaled:
+    """Check a file of any kind of study, at every scale, and return it as it is at one.
+
+    Args:
+        model: Of its kind; it has a key `scales`.
+        data: What the file holds.
+        where: What to call the file in errors.
+        scale: "smoke", "small" or "full".
+        needs: Said of a missing key.
+
+    Raises:
+        InputError: A key is unknown or its value wrong, at this scale or at another.
+    """
     if scale not in SCALES:
         raise unknown_name("scale", scale, SCALES)
-    checked = {"": _check(data, where)}
-    for name, overrides in checked[""].scales.items():
+    plain = check(model, data, where, needs=needs)
+    checked = {"": plain}
+    scales: dict[str, dict[str, Any]] = getattr(plain, "scales")  # noqa: B009 (of each of the models, not of their base)
+    for name, overrides in scales.items():
         if name not in SCALES:
             raise unknown_name(f"scale in {where}", name, SCALES)
         for key in overrides:
-            if key in _FIXED or key not in StudyFile.model_fields:
-                allowed = [field for field in StudyFile.model_fields if field not in _FIXED]
+            if key in _FIXED or key not in model.model_fields:
+                allowed = [field for field in model.model_fields if field not in _FIXED]
                 raise unknown_name(f"key in scales.{name} of {where}", key, allowed)
-        checked[name] = _check({**data, **overrides}, where, tuple(overrides), f"scales.{name}.")
-    return checked.get(scale, checked[""])
-
-
-def _check(data: Mapping[str, Any], where: str, overridden: Collection[str] = (), prefix: str = "") -> StudyFile:
-    needs = "every study needs study, idea, tasks and arms"
-    return check(StudyFile, data, where, needs=needs, overridden=overridden, prefix=prefix)
+        changed = {**data, **overrides}
+        checked[name] = check(model, changed, where, needs=needs, overridden=tuple(overrides), prefix=f"scales.{name}.")
+    return checked.get(scale, plain)

@@ -19,6 +19,8 @@ from trimtab.storage import read_json, read_lines
 
 __all__ = ["show", "summary_table"]
 
+_SHARES = ("test_dense", "test_before", "test_accuracy", "macs_left")
+
 
 def show(directory: Path, console: Console) -> None:
     """Print what a folder holds.
@@ -56,6 +58,8 @@ def summary_table(out: Path) -> Table | None:
     if not path.is_file():
         return None
     results = read_json(path)
+    if results.get("kind") == "pruning":
+        return _pruning_table(results)
     table = Table(title=f"{results.get('study')} ({results.get('scale')})", title_justify="left")
     table.add_column("task")
     table.add_column("arm", no_wrap=True)
@@ -66,6 +70,26 @@ def summary_table(out: Path) -> Table | None:
         mean = metric.get("mean")
         loss = "-" if mean is None else f"{mean:.4g}"
         table.add_row(str(row.get("task")), str(row.get("id")), loss, _verdicts(row.get("differences") or {}))
+    return table
+
+
+def _pruning_table(results: Mapping[str, Any]) -> Table:
+    """What each method came to at each target, in per cent."""
+    title = f"{results.get('study')} ({results.get('scale')}): test accuracy before and after fine-tuning, per cent"
+    table = Table(title=title, title_justify="left")
+    for name in ("task", "target", "method"):
+        table.add_column(name, no_wrap=True)
+    for name in ("dense", "before", "after", "MACs left"):
+        table.add_column(name, justify="right")
+    table.add_column("what the interval of the difference says")
+    for row in results.get("arms") or []:
+        metrics = row.get("metrics") or {}
+        means = [(metrics.get(name) or {}).get("mean") for name in _SHARES]
+        cells = ["-" if mean is None else f"{100 * mean:.1f}" for mean in means]
+        names = [str(row.get(name)) for name in ("task", "target_name", "id")]
+        differences = row.get("differences") or {}
+        alike = {str(entry.get("verdict")) for entry in differences.values()}
+        table.add_row(*names, *cells, alike.pop() if len(alike) == 1 else _verdicts(differences))
     return table
 
 

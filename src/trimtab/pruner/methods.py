@@ -6,16 +6,15 @@ them afterwards is the same for all. Every method is a baseline of every other o
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from trimtab.errors import InputError, RunFailedError
+from trimtab.errors import RunFailedError
 from trimtab.pruner.search import AGENTS, Search
-from trimtab.pruning.allocations import THRESHOLDS, by_threshold, greedy, random_orders, uniform
+from trimtab.pruning.allocations import THRESHOLDS, by_threshold, every, greedy, random_orders, uniform
 from trimtab.pruning.budget import Budget
 from trimtab.pruning.parts import Configuration
 from trimtab.pruning.scorer import Scorer
@@ -25,7 +24,6 @@ __all__ = ["LEARNED", "METHODS", "Proposal", "propose"]
 
 LEARNED = ("ppo", "paper")
 METHODS = (*AGENTS, "uniform", *THRESHOLDS, "random-units", "greedy", "exhaustive")
-MOST = 20_000  # configurations that "exhaustive" looks at
 
 
 @dataclass(frozen=True)
@@ -68,14 +66,14 @@ def propose(
         budget: To keep to.
         scorer: Of the network's configurations, one for each method, so that none knows what others asked.
         rate: Score of any network.
-        max_evaluations: Of a search.
+        max_evaluations: Of a search; "exhaustive" scores all that keep to the budget.
         n_best: How many a search proposes at most.
         seed: Of what is drawn.
         weights: What "ppo" starts from.
         on_news: Told the number of evaluations.
 
     Raises:
-        InputError: The first network cannot be scored.
+        InputError: The first network cannot be scored, or there are too many configurations to score them all.
         RunFailedError: No configuration within the budget has a score.
     """
     if name == "random-units":
@@ -85,10 +83,14 @@ def propose(
     if name in AGENTS:
         search = Search(budget, scorer, name, max_evaluations, seed, weights, on_news)
         found = tuple(search.run()[:n_best])
+    elif name == "exhaustive":
+        for number, widths in enumerate(every(budget), start=1):
+            scorer.score(widths)
+            if on_news is not None:
+                on_news(number)
+        found = tuple(widths for widths in scorer.best(n_best) if scorer.scores[widths] > -math.inf)
     elif name == "greedy":
         found = (greedy(budget, scorer.score),)
-    elif name == "exhaustive":
-        found = _all_of_them(budget, scorer)[:n_best]
     else:
         found = (uniform(budget) if name == "uniform" else by_threshold(budget, name),)
     scores = tuple(scorer.score(widths) for widths in found)
@@ -97,20 +99,3 @@ def propose(
             f"no configuration within the budget has a score; the first failure: {scorer.first_failure}"
         )
     return Proposal(found, scores, None, scorer.n_evaluations, scorer.n_failed, scorer.first_failure)
-
-
-def _all_of_them(budget: Budget, scorer: Scorer) -> tuple[Configuration, ...]:
-    """Every configuration on the grid that keeps to the budget, the best first.
-
-    Raises:
-        InputError: There are too many.
-    """
-    grids = [part.widths for part in budget.network.parts]
-    n = math.prod(len(grid) for grid in grids)
-    if n > MOST:
-        raise InputError(
-            f"agent 'exhaustive' would have to look at {n} configurations, more than {MOST}; take 'ppo', or a larger "
-            "multiple"
-        )
-    found = [widths for widths in itertools.product(*grids) if budget.fits(widths)]
-    return tuple(sorted(found, key=lambda widths: -scorer.score(widths)))

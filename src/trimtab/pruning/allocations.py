@@ -10,19 +10,21 @@ them to the widths that a search chooses from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.errors import unknown_name
+from trimtab.errors import InputError, unknown_name
 from trimtab.pruning.budget import Budget
 from trimtab.pruning.parts import Configuration
 
-__all__ = ["THRESHOLDS", "by_threshold", "draw", "greedy", "on_grid", "uniform"]
+__all__ = ["THRESHOLDS", "by_threshold", "draw", "every", "greedy", "on_grid", "uniform"]
 
 THRESHOLDS = ("global", "lamp")
+_MOST = 20_000  # configurations of which all are scored
 
 
 def uniform(budget: Budget) -> Configuration:
@@ -108,6 +110,24 @@ def draw(budget: Budget, generator: np.random.Generator) -> Configuration:
     for _ in budget.network.parts:
         chosen.append(int(generator.choice(budget.open_widths(chosen))))
     return tuple(chosen)
+
+
+def every(budget: Budget) -> list[Configuration]:
+    """All configurations that keep to the budget, with widths of the grid.
+
+    Raises:
+        InputError: The network has too many.
+    """
+    n = math.prod(len(part.widths) for part in budget.network.parts)
+    if n > _MOST:
+        raise InputError(
+            f"the network has {n:,} configurations and all of them were to be scored; expected at most {_MOST:,}: "
+            "raise multiple, or search"
+        )
+    found: list[Configuration] = [()]
+    for _ in budget.network.parts:
+        found = [(*chosen, width) for chosen in found for width in budget.open_widths(chosen)]
+    return found
 
 
 def random_orders(budget: Budget, generator: torch.Generator) -> tuple[Tensor, ...]:

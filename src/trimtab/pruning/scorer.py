@@ -6,6 +6,7 @@ its reward from it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from trimtab.errors import InputError, RunFailedError, TrimtabError
 from trimtab.pruning.budget import Prunable
 from trimtab.pruning.parts import Configuration
-from trimtab.storage import append_lines, read_lines
+from trimtab.storage import append_lines, atomic_write, read_lines
 
 __all__ = ["Scorer"]
 
@@ -119,7 +120,11 @@ class Scorer:
 
     def _read(self) -> dict[Configuration, float]:
         found: dict[Configuration, float] = {}
-        for row in read_lines(self._log) if self._log is not None else []:
+        rows = read_lines(self._log) if self._log is not None else []
+        if self._log is not None and self._log.is_file() and not self._log.read_bytes().endswith(b"\n"):
+            # A killed writer's half line: what is appended to it would be lost with it.
+            atomic_write(self._log, "".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
             try:
                 found[tuple(int(width) for width in row["widths"])] = (
                     -math.inf if row["score"] is None else row["score"]
