@@ -69,7 +69,8 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
             `fine_tune`; or a method without learning: "random-search" (widths at random within the budget), "uniform"
             (the same share everywhere), "global" and "lamp" (one threshold for all parts), "greedy", "random-units", or
             "exhaustive" (all configurations within the budget are scored, where they are not too many).
-        max_evaluations: Configurations that are scored in the search, the dense one not counted; 8 or more.
+        max_evaluations: Configurations that are scored in the search, the dense one not counted; 8 or more. "greedy"
+            and "exhaustive" are no search: they score what they need.
         seed: Of everything that is drawn.
         multiple: Widths are multiples of it, since odd ones are slower than wider ones that are; narrow parts, of
             fewer than four times as many units, go in quarters.

@@ -94,7 +94,9 @@ def _plan(study: PruningFolder, results: Mapping[str, Any]) -> list[Block]:
     for entry, dense in zip(plan["plans"], results["dense"], strict=True):
         steps = dense["metrics"]["optimizer_steps"]["mean"]
         trained = (
-            "not trained yet" if steps is None else f"{steps:,.0f} optimizer steps at the constant rate {dense['lr']:g}"
+            "not trained yet"
+            if steps is None
+            else f"{steps:,.0f} optimizer steps from rate {dense['lr']:g}, warm-up and cosine"
         )
         if dense["loaded_from"] is not None:
             trained = f"loaded from {dense['loaded_from']}"
