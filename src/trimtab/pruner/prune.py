@@ -58,7 +58,7 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         model: Trained. It is copied and never touched.
         example_inputs: A tensor, or a tuple of the forward's positional arguments. FLOPs are those of this batch.
         evaluate: Score of a network in evaluation, higher is better: a black box, called at most `max_evaluations`
-            times in the search. Give this or `validation`.
+            times in a search. Give this or `validation`.
         validation: (inputs, targets), samples along the first axis: accuracy for whole-number targets, minus the mean
             squared error for floats. Activations are kept between evaluations, which makes them tens of times cheaper.
         fine_tune: Trains a network in place, for a short while; called with copies, in training, with torch's random

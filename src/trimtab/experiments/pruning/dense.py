@@ -1,9 +1,9 @@
 """The dense network of a piece of work: trained once, by the task's own settings, and kept.
 
-Called by `job`. Its rate is the task's under the task's warm-up and a cosine: at a constant one, as the study's
-write-up has it, the CNN of `cifar10-pruning` ended at 55.5 % on validation after 10 epochs, and was at 58.4 % after 5
-with the cosine. A killed training goes on from its last checkpoint. `dense/` holds the network as `trimtab.load_pruned`
-reads it, `dense.json` what is to be said of it.
+Called by `job`. Its rate is the task's, under the task's warm-up and a cosine: after 10 epochs the CNN of
+`cifar10-pruning` has 57.1 % on test with them, and 55.4 % at a constant rate, as the study's write-up has it (one seed).
+A killed training goes on from its last checkpoint. `dense/` holds the network as `trimtab.load_pruned` reads it,
+`dense.json` what is to be said of it.
 """
 
 from __future__ import annotations
