@@ -1,7 +1,7 @@
 """The dense network of a piece of work: trained once, by the task's own settings, and kept.
 
 Called by `job`. Its rate is the task's, under the task's warm-up and a cosine: after 10 epochs the CNN of
-`cifar10-pruning` has 57.1 % on test with them, and 55.4 % at a constant rate, as the study's write-up has it (one seed).
+`cifar10-pruning` has 57.1 % on test with them, and 55.4 % at a constant rate, as in the study's write-up (one seed).
 A killed training goes on from its last checkpoint. `dense/` holds the network as `trimtab.load_pruned` reads it,
 `dense.json` what is to be said of it.
 """
