@@ -187,5 +187,5 @@ def _goals(results: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Paragraph("Set before anything was measured, and answered for every target by itself.")]
     for goal, meaning in GOALS.items():
         if any(entry["goal"] == goal for entry in results["goals"]):
-            blocks += [Paragraph(f"{meaning[:1].upper()}{meaning[1:]}."), tables.goal_table(results["goals"], goal)]
+            blocks += [Paragraph(f"{goal.capitalize()}: {meaning}."), tables.goal_table(results["goals"], goal)]
     return blocks
