@@ -45,7 +45,14 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path
 
 
-LIGHT = [["--help"], ["--version"], ["run", "--help"], ["learn", "--help"], *(["list", what] for what in cli._LISTS)]
+LIGHT = [
+    ["--help"],
+    ["--version"],
+    ["run", "--help"],
+    ["learn", "--help"],
+    ["prune", "--help"],
+    *(["list", what] for what in cli._LISTS),
+]
 
 
 def test_help_and_lists_import_nothing_heavy():
@@ -83,6 +90,7 @@ def test_lists_of_arms_studies_recipes_and_brains(capsys):
         "cnn-intervention",
         "demo",
         "experience",
+        "pruning",
         "transformer-lr",
     ]
     recipes = ["default", "default-open", "few-rows", "residual", "several-knobs", "smoke"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from trimtab.errors import InputError
-from trimtab.pruning.allocations import by_threshold, draw, greedy, on_grid, uniform
+from trimtab.pruning.allocations import by_threshold, draw, every, greedy, on_grid, uniform
 from trimtab.pruning.budget import Budget, Target
 from trimtab.pruning.network import PrunableNetwork
 
@@ -34,6 +36,20 @@ def test_rules_use_the_budget_up(target: dict[str, float]) -> None:
         grid = on_grid(budget, configuration)
         assert budget.fits(grid)
         assert all(width in part.widths for width, part in zip(grid, network.parts, strict=True))
+
+
+@pytest.mark.parametrize("target", [{"flops": 0.25}, {"params": 0.5}])
+def test_every_configuration_within_the_budget_is_found_once(
+    target: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = net()
+    budget = Budget(network, Target.parse(target))
+    found = every(budget)
+    assert len(found) == len(set(found)) > 10
+    assert set(found) == {c for c in itertools.product(*(part.widths for part in network.parts)) if budget.fits(c)}
+    monkeypatch.setattr("trimtab.pruning.allocations._MOST", 127)  # 4 widths of both convolutions, 8 of the dense layer
+    with pytest.raises(InputError, match="the network has 128 configurations and all of them were to be scored"):
+        every(budget)
 
 
 def test_uniform_is_the_same_share_everywhere() -> None:

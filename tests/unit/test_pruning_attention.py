@@ -667,7 +667,9 @@ def test_parts_that_are_not_touched_may_be_shared():
 
 
 @pytest.mark.parametrize(
-    "activation", [F.silu, nn.GELU("tanh"), functools.partial(F.gelu, approximate="tanh")], ids=str
+    "activation",
+    [F.silu, nn.GELU("tanh"), functools.partial(F.gelu, approximate="tanh")],
+    ids=["function", "module", "partial"],
 )
 def test_known_activations_are_cut(activation: Any):
     masked, cut = both(filled(encoder_layer(activation=activation)), {}, {"": UNITS})

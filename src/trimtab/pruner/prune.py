@@ -62,7 +62,7 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         model: Trained. It is copied and never touched.
         example_inputs: A tensor, or a tuple of the forward's positional arguments. FLOPs are those of this batch.
         evaluate: Score of a network in evaluation, higher is better: a black box, called at most `max_evaluations`
-            times in the search. Give this or `validation`.
+            times in a search. Give this or `validation`.
         validation: (inputs, targets), samples along the first axis: accuracy for whole-number targets, minus the mean
             squared error for floats. Activations are kept between evaluations, which makes them tens of times cheaper.
         fine_tune: Trains a network in place, for a short while; called with copies, in training, with torch's random
@@ -71,9 +71,10 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
             halves the FLOPs.
         agent: "ppo"; "paper", PPO with the write-up's settings, which retrains after each action and needs
             `fine_tune`; or a method without learning: "random-search" (widths at random within the budget), "uniform"
-            (the same share everywhere), "global" and "lamp" (one threshold for all parts), "greedy", "random-units",
-            "exhaustive" (all widths, where they are few; `max_evaluations` does not hold it back).
-        max_evaluations: Configurations that are scored in the search, the dense one not counted; 8 or more.
+            (the same share everywhere), "global" and "lamp" (one threshold for all parts), "greedy", "random-units", or
+            "exhaustive" (all configurations within the budget are scored, where they are not too many).
+        max_evaluations: Configurations that are scored in the search, the dense one not counted; 8 or more. "greedy"
+            and "exhaustive" are no search: they score what they need.
         seed: Of everything that is drawn.
         multiple: Widths are multiples of it, since odd ones are slower than wider ones that are; narrow parts, of
             fewer than four times as many units, go in quarters.

@@ -81,7 +81,7 @@ def test_every_cell_is_there_and_keeps_to_the_budget(done):
     n = sum(p.numel() for p in model.parameters())
     assert (record["parameters"], record["bytes"], record["macs"]) == (13_706, 4 * 13_706, 87_744)
     assert n == 13_706
-    assert (record["optimizer_steps"], record["schedule"], record["test_reads"]) == (30, "constant", 1)
+    assert (record["optimizer_steps"], record["schedule"], record["test_reads"]) == (30, "cosine", 1)
     for method in ("ppo", "uniform", "scratch"):
         found = cell(done, method)
         assert found["status"] == "done"

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.errors import RunFailedError
-from trimtab.experiments.pruning.dense import trade_off
+from trimtab.experiments.pruning.dense import step, trade_off
 from trimtab.experiments.pruning.ground import Ground, HeldOut, accuracy, costs_of
 from trimtab.experiments.pruning.schema import SCRATCH, target_name
 from trimtab.progress import News
@@ -181,7 +181,7 @@ def _from_scratch(
     loop = _new_loop(ground, widths)
     started = time.perf_counter()
     while not loop.is_over():
-        loop.step()
+        step(loop)
         tell(News("step", loop.steps_done, loop.total_steps, f"{SCRATCH}: training"))
     seconds = time.perf_counter() - started
     model = loop.model.eval()

@@ -1,7 +1,9 @@
 """The dense network of a piece of work: trained once, by the task's own settings, and kept.
 
-Called by `job`. Its rate is constant, as in the write-up of the study; a killed training goes on from its last
-checkpoint. `dense/` holds the network as `trimtab.load_pruned` reads it, `dense.json` what is to be said of it.
+Called by `job`. Its rate is the task's, under the task's warm-up and a cosine: after 10 epochs the CNN of
+`cifar10-pruning` has 57.1 % on test with them, and 55.4 % at a constant rate, as in the study's write-up (one seed).
+A killed training goes on from its last checkpoint. `dense/` holds the network as `trimtab.load_pruned` reads it,
+`dense.json` what is to be said of it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from trimtab.agents.scripted import cosine_factor
 from trimtab.errors import InputError
 from trimtab.experiments.pruning.ground import Ground, HeldOut, accuracy, costs_of
 from trimtab.pruner.loading import builder_of, load_pruned
@@ -20,7 +23,7 @@ from trimtab.pruning.saving import save_pruned
 from trimtab.storage import load_state, read_json, save_state, write_json
 from trimtab.training.loop import TrainingLoop
 
-__all__ = ["dense_network", "load_dense", "trade_off"]
+__all__ = ["dense_network", "load_dense", "step", "trade_off"]
 
 _CHECKPOINT_EVERY_S = 15.0  # as in the other studies
 _GIGA = 1e9
@@ -51,7 +54,7 @@ def dense_network(ground: Ground, tell: Tell) -> tuple[nn.Module, dict[str, Any]
     found = {
         "schema": 1, "task": ground.task.name, "seed": ground.job["seed"], **numbers,
         "trade_off": trade_off(numbers["accuracy"]["test"], numbers["flops"]), "optimizer_steps": steps,
-        "lr": ground.task.lr, "schedule": "constant", "loaded_from": given, "test_reads": test.reads,
+        "lr": ground.task.lr, "schedule": "cosine", "loaded_from": given, "test_reads": test.reads,
         "times": {"training_s": seconds},
     }  # fmt: skip
     save_pruned(model, folder, builder=builder_of(ground.task.name, ground.job["scale"], ground.data))
@@ -94,13 +97,21 @@ def _trained(ground: Ground, tell: Tell) -> tuple[TrainingLoop, float]:
             loop = _new_loop(ground)
     begun = last = time.monotonic()
     while not loop.is_over():
-        loop.step()
+        step(loop)
         tell(loop.steps_done, loop.total_steps)
         now = time.monotonic()
         if now - last > _CHECKPOINT_EVERY_S:
             save_state(path, {"loop": loop.state_dict(), "training_s": before_s + now - begun})
             last = now
     return loop, before_s + time.monotonic() - begun
+
+
+def step(loop: TrainingLoop) -> None:
+    """One optimizer step at the rate that the schedule has for it."""
+    factor = cosine_factor(loop.task.warmup_steps, loop.task.min_lr_factor)(loop.steps_done, loop.total_steps)
+    for group in loop.optimizer.param_groups:
+        group["lr"] = loop.task.lr * factor
+    loop.step()
 
 
 def _new_loop(ground: Ground) -> TrainingLoop:

@@ -94,7 +94,9 @@ def _plan(study: PruningFolder, results: Mapping[str, Any]) -> list[Block]:
     for entry, dense in zip(plan["plans"], results["dense"], strict=True):
         steps = dense["metrics"]["optimizer_steps"]["mean"]
         trained = (
-            "not trained yet" if steps is None else f"{steps:,.0f} optimizer steps at the constant rate {dense['lr']:g}"
+            "not trained yet"
+            if steps is None
+            else f"{steps:,.0f} optimizer steps from rate {dense['lr']:g}, warm-up and cosine"
         )
         if dense["loaded_from"] is not None:
             trained = f"loaded from {dense['loaded_from']}"
@@ -185,5 +187,5 @@ def _goals(results: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Paragraph("Set before anything was measured, and answered for every target by itself.")]
     for goal, meaning in GOALS.items():
         if any(entry["goal"] == goal for entry in results["goals"]):
-            blocks += [Paragraph(f"{meaning[:1].upper()}{meaning[1:]}."), tables.goal_table(results["goals"], goal)]
+            blocks += [Paragraph(f"{goal.capitalize()}: {meaning}."), tables.goal_table(results["goals"], goal)]
     return blocks
