@@ -89,6 +89,7 @@ class WidthPolicy:
             self.model = PPO(
                 "MlpPolicy", env, device="cpu", verbose=0, policy_kwargs={"net_arch": [hidden, hidden]}, **settings
             )
+        self.model.policy.float()  # as the observations are, whatever torch's default type is
         self.model.set_logger(Logger(None, []))
 
     @contextmanager
@@ -106,7 +107,7 @@ class WidthPolicy:
             is_enough: Asked after every step; True ends it at once.
         """
         self._n_learned += 1
-        with self._lend("learning", self._n_learned):
+        with self._lend("learning", self._n_learned), torch.enable_grad():
             self.model.learn(n_steps, callback=_Until(is_enough), log_interval=None)  # type: ignore[arg-type]
 
     def act(self, observation: Any, *, deterministic: bool = True) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import RunFailedError, TrimtabError
+from trimtab.errors import InputError, RunFailedError
 from trimtab.pruning.budget import Prunable
 from trimtab.pruning.parts import Configuration
 from trimtab.seeding import scoped_global_rng, torch_generator
@@ -58,7 +58,8 @@ def tuned(
 ) -> tuple[Candidate, nn.Module]:
     """A candidate with its score after fine-tuning, and its network, in evaluation.
 
-    A failure of the user's functions is written into the candidate and not raised.
+    A failure of the user's functions is written into the candidate and not raised. What the scoring does to the network
+    is undone.
 
     Args:
         network: What is pruned.
@@ -72,8 +73,8 @@ def tuned(
     if fine_tune is None:
         return replace(candidate, after=candidate.before), model
     try:
-        score = float(rate(retrained(model, fine_tune, seed)))
-    except (TrimtabError, MemoryError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+        score = _score(retrained(model, fine_tune, seed), rate, _device_of(network.model))
+    except Exception as error:  # whatever a user's functions raise
         return replace(candidate, after=None, failure=f"{type(error).__name__}: {error}"), model.eval()
     if not math.isfinite(score):
         return replace(candidate, after=None, failure=f"its score after fine-tuning is {score}"), model
@@ -81,13 +82,35 @@ def tuned(
 
 
 def retrained(model: nn.Module, fine_tune: FineTune, seed: int) -> nn.Module:
-    """The network after fine-tuning, in place, and in evaluation; torch's generators are lent, set by the seed."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    """The network after fine-tuning, in place, and in evaluation; torch's generators are lent, set by the seed.
+
+    Raises:
+        InputError: The function returned another network.
+    """
+    device = _device_of(model)
     state = torch_generator(seed, "fine-tuning").get_state()
     states = [state, *([torch.Generator(device).manual_seed(seed).get_state()] if device.type == "cuda" else [])]
-    with scoped_global_rng(states, device):
-        fine_tune(model.train())
+    with scoped_global_rng(states, device), torch.enable_grad():
+        returned = fine_tune(model.train())
+    if isinstance(returned, nn.Module) and returned is not model:
+        raise InputError(
+            f"fine_tune returned another {type(returned).__name__} than the one it was given, which would be lost; it "
+            "has to train that one in place: load_state_dict of the other's state_dict() at its end"
+        )
     return model.eval()
+
+
+def _score(model: nn.Module, rate: Rate, device: torch.device) -> float:
+    """Score of a network; its weights, mode and device are what they were, whatever the user's function does."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    score = float(rate(model))
+    model.load_state_dict(state, strict=False)
+    model.eval().to(device)  # where fine-tuning moved it, the example inputs did not follow
+    return score
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def pick(found: Sequence[tuple[Candidate, nn.Module]]) -> int:

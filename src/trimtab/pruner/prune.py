@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from trimtab.cost import count_cost
+from trimtab.cost import count_by_module, size_of
 from trimtab.errors import InputError, unknown_name
 from trimtab.progress import News
 from trimtab.pruner.choice import FineTune
@@ -24,7 +24,9 @@ from trimtab.pruner.stage import Given, Outcome, run_method
 from trimtab.pruning.budget import Budget, Prunable, Target
 from trimtab.pruning.latency import measure
 from trimtab.pruning.latency_table import LatencyTable
+from trimtab.pruning.fingerprint import fingerprint
 from trimtab.pruning.network import PrunableNetwork, units_of
+from trimtab.pruning.scorer import check_one
 from trimtab.storage import read_json, write_json
 
 __all__ = ["prune"]
@@ -99,14 +101,16 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         RunFailedError: Fine-tuning failed for every candidate.
     """
     parsed = Target.parse({"flops": 0.5} if target is None else target)
+    check_one(evaluate, validation)
     _check(agent, fine_tune, max_evaluations=max_evaluations, seed=seed, stages=stages, n_best=n_best)
-    for name in baselines:
+    ignored = _names("ignore", ignore)
+    for name in _names("baselines", baselines):
         if name not in METHODS:
             raise unknown_name("baseline", name, METHODS)
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, BACKENDS)
     options: dict[str, Any] = {
-        "multiple": multiple, "importance": importance, "ignore": sorted(ignore), "seed": seed,
+        "multiple": multiple, "importance": importance, "ignore": sorted(ignored), "seed": seed,
     }  # fmt: skip
     describe = partial(_network_of(backend), example_inputs=example_inputs, **options)
     dense = describe(model)
@@ -116,17 +120,20 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
     if folder is not None:
         options |= {"agent": agent, "max_evaluations": max_evaluations, "n_best": n_best, "stages": stages,
                     "backend": backend, "parts": {part.name: list(part.widths) for part in dense.parts}}  # fmt: skip
-        _claim(folder, {"target": parsed.to_dict(), **options})
+        given_by_user = {"model": dense.model.state_dict(), "example_inputs": dense.inputs, "validation": validation}
+        _claim(folder, {"target": parsed.to_dict(), **options, **{k: fingerprint(v) for k, v in given_by_user.items()}})
     whole = _budget(dense, parsed, folder, 1, on_news)
     given = Given(evaluate, validation, fine_tune, max_evaluations // stages, n_best, seed, None, on_news)
     network, outcomes = dense, list[Outcome]()
     for number in range(1, stages + 1):
         target_now = replace(parsed, share=parsed.share ** (number / stages))
+        if outcomes and outcomes[-1].candidates[0].share <= target_now.share:
+            continue  # the stage before went further than it had to
+        if outcomes:
+            network = describe(outcomes[-1].model)
         budget = whole if stages == 1 else _budget(network, target_now, folder, number, on_news, whole.dense)
         log = None if folder is None else folder / f"evaluations-{number}.jsonl"
         outcomes.append(run_method(agent, given, network, budget, log=log))
-        if number < stages:
-            network = describe(outcomes[-1].model)
     others = []
     for name in dict.fromkeys(baselines):
         log = None if folder is None else folder / f"evaluations-{name}.jsonl"
@@ -193,6 +200,19 @@ def _check(agent: str, fine_tune: object, *, seed: int, **counts: int) -> None:
         raise InputError(f"{what}: give fine_tune=, a function that trains a network in place")
 
 
+def _names(argument: str, given: object) -> list[str]:
+    """The names that an argument has.
+
+    Raises:
+        InputError: It is one name, or something else than names.
+    """
+    is_several = isinstance(given, Collection) and not isinstance(given, (str, bytes, Mapping))
+    names: list[Any] = list(given) if is_several else []  # type: ignore[call-overload]
+    if not is_several or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{argument} is {given!r}; expected a list of names, such as ['conv1']; [] for none")
+    return names
+
+
 def _claim(folder: Path, asked: Mapping[str, Any]) -> None:
     """Write down what the folder is for, or compare.
 
@@ -251,5 +271,4 @@ def _result(
 
 
 def _costs(model: nn.Module, network: Prunable, score: float) -> Costs:
-    cost = count_cost(model, network.inputs)
-    return Costs(score, cost.forward_flops, cost.parameters, cost.bytes)
+    return Costs(score, count_by_module(model, network.inputs)[""], *size_of(model))

@@ -8,7 +8,7 @@ is an agent like the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ AGENTS = ("ppo", "paper", "random-search")
 
 _EPISODES = 300  # in which PPO converges (FINDINGS section 4); repeated configurations cost nothing
 _EPISODES_PER_EVALUATION = 5
+_LEAST_SPREAD = 0.01  # of scores from 0 to 1; those of networks that were cut differ by more
 _SHARE_ALONE = 3  # one evaluation in three, at most, goes into what each part alone loses
 
 
@@ -95,9 +96,13 @@ class Search:
 
     def _learned(self) -> None:
         network = self.budget.network
-        problem = Problem(network, self.budget, self._score, self.scorer.dense, self._alone())
+        alone = self._alone()
         if self._is_enough():
             return
+        low, unit = _scale([self.scorer.dense, *self.scorer.scores.values()])
+        alone = None if alone is None else (alone - low) / unit
+        dense = (self.scorer.dense - low) / unit
+        problem = Problem(network, self.budget, lambda c: (self._score(c) - low) / unit, dense, alone)
         env = PruningEnv(problem=problem, reward="each" if self.agent == "paper" else "last")
         policy = WidthPolicy(env, PRESETS[self.agent], seed=derive_seed(self.seed, "agent"))
         if self.agent == "ppo" and self.weights is not None:
@@ -111,6 +116,19 @@ class Search:
         if self.agent == "paper" or n_new * _SHARE_ALONE > self.max_evaluations:
             return None
         return measure_alone(network, self._score)
+
+
+def _scale(scores: Iterable[float]) -> tuple[float, float]:
+    """(zero, unit) by which scores are brought to the scale of accuracy, on which PPO was tuned.
+
+    Its value starts near 0 and is learned in steps of a fixed size, so that of a score in the thousands (percent, a
+    squared error), or of one that hardly differs, it learns nothing. Shares that differ are left as they are; of others
+    the worst that was seen is 0 and the best is 1.
+    """
+    seen = [score for score in scores if np.isfinite(score)]
+    low, high = min(seen), max(seen)
+    is_share = low >= 0 and high <= 1 and (high == low or high - low >= _LEAST_SPREAD)
+    return (0.0, 1.0) if is_share else (low, high - low or abs(low) or 1.0)
 
 
 def seeds_of(budget: Budget) -> list[Configuration]:

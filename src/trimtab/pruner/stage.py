@@ -90,9 +90,9 @@ def run_method(method: str, given: Given, network: Prunable, budget: Budget, *, 
         score_of = _scores_on(validation, network)
     if method == "paper" and given.fine_tune is not None and rate is not None:
         score_of = partial(_score_retrained, network, given.fine_tune, rate, given.seed)
-        scorer = Scorer(network, score_of=score_of, log=log)
+        scorer = Scorer(network, score_of=score_of, log=log, seed=given.seed)
     else:
-        scorer = Scorer(network, evaluate=given.evaluate, score_of=score_of, log=log)
+        scorer = Scorer(network, evaluate=given.evaluate, score_of=score_of, log=log, seed=given.seed)
     if rate is None:
         raise AssertionError("the scorer has refused neither")
     proposal = propose(

@@ -12,14 +12,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from trimtab.errors import InputError, RunFailedError, TrimtabError
 from trimtab.pruning.budget import Prunable
+from trimtab.pruning.fingerprint import fingerprint
 from trimtab.pruning.parts import Configuration
+from trimtab.seeding import derive_seed, scoped_global_rng, scoped_numpy_rng, torch_generator
 from trimtab.storage import append_lines, atomic_write, read_lines
 
-__all__ = ["Scorer"]
+__all__ = ["Scorer", "check_one"]
+
+
+def check_one(evaluate: object, validation: object) -> None:
+    """Refuse anything but one of them.
+
+    Raises:
+        InputError: Both or neither are given, or `evaluate` is no function.
+    """
+    if (evaluate is None) == (validation is None):
+        raise InputError(
+            f"{'neither' if evaluate is None else 'both'} of evaluate= and validation= given; give one: a function of "
+            "the network that returns a float, or (inputs, targets)"
+        )
+    if evaluate is not None and not callable(evaluate):
+        raise InputError(f"evaluate is {type(evaluate).__name__}; expected a function of the network, -> float")
 
 
 class Scorer:
@@ -29,11 +47,15 @@ class Scorer:
     the user's function fails, or gives no finite number, for the dense network or for the first pruned one, that is an
     error; later ones are worth less than any other, counted in `n_failed`, and the search goes on.
 
+    While the user's function runs it is lent torch's and NumPy's global generators, set by the seed and put back: what
+    it draws, or seeds, is no business of an agent that draws from them too, and is the same after a search was resumed.
+
     Args:
         network: What is pruned.
         evaluate: Function of a network, in evaluation; a float, higher is better. None: `score_of` is given.
         score_of: Function of a configuration, such as `CachedEvaluator.score`.
-        log: File that every score is appended to; what it holds already is believed.
+        log: File that every score is appended to; what it holds already of the same weights is believed.
+        seed: Of what the user's function draws.
 
     Attributes:
         scores: Configuration -> score, in the order in which they were asked for; -inf for one that failed.
@@ -52,14 +74,12 @@ class Scorer:
         evaluate: Callable[[nn.Module], float] | None = None,
         score_of: Callable[[Configuration], float] | None = None,
         log: Path | None = None,
+        seed: int = 0,
     ) -> None:
-        if (evaluate is None) == (score_of is None):
-            given = "both" if evaluate is not None else "neither"
-            raise InputError(f"{given} of evaluate= and validation= given; give one: a function of the network that "
-                             "returns a float, or (inputs, targets)")  # fmt: skip
-        if evaluate is not None and not callable(evaluate):
-            raise InputError(f"evaluate is {type(evaluate).__name__}; expected a function of the network, -> float")
-        self._network, self._log = network, log
+        check_one(evaluate, score_of)
+        self._network, self._log, self._seed = network, log, seed
+        self._of = "" if log is None else fingerprint(network.model.state_dict())
+        self._failures: dict[Configuration, str] = {}
         self._ask: Callable[[Configuration], Any] = score_of or (lambda c: evaluate(network.cut(c)))  # type: ignore[misc]
         self._name = "evaluate" if evaluate is not None else "validation"
         self.scores: dict[Configuration, float] = {}
@@ -84,7 +104,9 @@ class Scorer:
         if key not in self.scores:
             found = self._known.get(key)
             self.scores[key] = self._new(key) if found is None else found
-            self.n_failed += self.scores[key] == -math.inf
+            if self.scores[key] == -math.inf:
+                self.n_failed += 1
+                self.first_failure = self.first_failure or self._failures.get(key, "")
         return self.scores[key]
 
     def best(self, n: int) -> list[Configuration]:
@@ -97,15 +119,14 @@ class Scorer:
         except TrimtabError as error:
             if not self.scores:  # it would fail for all of them
                 raise
-            self.first_failure = self.first_failure or str(error)
-            found = -math.inf
+            self._failures[key], found = str(error), -math.inf
         self._write(key, found)
         return found
 
     def _checked(self, key: Configuration) -> float:
         what = "the dense network" if key == self._network.dense else f"the network with widths {key}"
         try:
-            found = float(self._ask(key))
+            found = self._asked(key)
         except (TrimtabError, MemoryError):
             raise
         except Exception as error:  # whatever a user's function raises
@@ -118,17 +139,28 @@ class Scorer:
             )
         return found
 
+    def _asked(self, key: Configuration) -> float:
+        device = next((p.device for p in self._network.model.parameters()), torch.device("cpu"))
+        states = [torch_generator(self._seed, "evaluation").get_state()]
+        if device.type == "cuda":
+            states.append(torch.Generator(device).manual_seed(self._seed).get_state())
+        numpy_rng = scoped_numpy_rng(derive_seed(self._seed, "evaluation"))
+        with scoped_global_rng(states, device), numpy_rng, torch.set_grad_enabled(torch.is_grad_enabled()):
+            return float(self._ask(key))
+
     def _read(self) -> dict[Configuration, float]:
         found: dict[Configuration, float] = {}
-        rows = read_lines(self._log) if self._log is not None else []
-        if self._log is not None and self._log.is_file() and not self._log.read_bytes().endswith(b"\n"):
-            # A killed writer's half line: what is appended to it would be lost with it.
-            atomic_write(self._log, "".join(json.dumps(row) + "\n" for row in rows))
+        if self._log is None or not self._log.exists():
+            return found
+        rows = read_lines(self._log)  # without a torn line, which the next one would be torn with
+        atomic_write(self._log, "".join(json.dumps(row) + "\n" for row in rows))
         for row in rows:
             try:
-                found[tuple(int(width) for width in row["widths"])] = (
-                    -math.inf if row["score"] is None else row["score"]
-                )
+                if row["network"] != self._of:
+                    continue
+                key = tuple(int(width) for width in row["widths"])
+                found[key] = -math.inf if row["score"] is None else float(row["score"])
+                self._failures[key] = str(row["failure"])
             except (TypeError, KeyError, ValueError) as error:
                 raise RunFailedError(
                     f"{self._log} is no record of a search ({error}); remove it to begin anew"
@@ -137,4 +169,6 @@ class Scorer:
 
     def _write(self, key: Configuration, score: float) -> None:
         if self._log is not None:
-            append_lines(self._log, [{"widths": list(key), "score": score}])
+            failure = self._failures.get(key, "")
+            row = {"widths": list(key), "score": score, "failure": failure, "network": self._of}
+            append_lines(self._log, [row])
