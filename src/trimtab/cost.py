@@ -120,6 +120,9 @@ def _counter() -> FlopCounterMode:
 
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()  # of a batch of one there is nothing to average, and it counts nothing
     try:
         return model(*inputs)
     except Exception as error:  # whatever the user's forward raises

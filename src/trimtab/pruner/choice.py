@@ -74,7 +74,7 @@ def tuned(
         return replace(candidate, after=candidate.before), model
     try:
         score = _score(retrained(model, fine_tune, seed), rate, _device_of(network.model))
-    except Exception as error:  # whatever a user's functions raise
+    except Exception as error:  # noqa: BLE001 (whatever a user's functions raise, it is said in the report)
         return replace(candidate, after=None, failure=f"{type(error).__name__}: {error}"), model.eval()
     if not math.isfinite(score):
         return replace(candidate, after=None, failure=f"its score after fine-tuning is {score}"), model

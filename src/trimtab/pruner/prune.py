@@ -22,9 +22,9 @@ from trimtab.pruner.methods import METHODS
 from trimtab.pruner.result import Costs, PruneReport, PruneResult
 from trimtab.pruner.stage import Given, Outcome, run_method
 from trimtab.pruning.budget import Budget, Prunable, Target
+from trimtab.pruning.fingerprint import fingerprint
 from trimtab.pruning.latency import measure
 from trimtab.pruning.latency_table import LatencyTable
-from trimtab.pruning.fingerprint import fingerprint
 from trimtab.pruning.network import PrunableNetwork, units_of
 from trimtab.pruning.scorer import check_one
 from trimtab.storage import read_json, write_json

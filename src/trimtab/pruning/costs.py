@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from trimtab.cost import size_of
 from trimtab.surgery.couplings import Couplings, Slot
-from trimtab.surgery.layout import Layout, Spaces, plain
+from trimtab.surgery.layout import Axes, Layout, Spaces, leaves, plain
+from trimtab.surgery.operation_rules import operation_name
 
 __all__ = ["ClosedForm", "Counts", "Factor", "Term", "terms_of_couplings"]
 
@@ -86,6 +87,23 @@ def terms_of_couplings(c: Couplings, counts: Counts, parts: Mapping[int, int]) -
             is_parameter = isinstance(tensor, nn.Parameter)
             one, two = (*moving, Factor(), Factor())[:2]  # no weight has units on three axes
             terms.append(Term(name, (one, two), flops * fixed, fixed if is_parameter else 0))
+    return [*terms, *_terms_of_products(c, parts)]
+
+
+def _terms_of_products(c: Couplings, parts: Mapping[int, int]) -> list[Term]:
+    """Terms of matrix products between results, which have no weights: of a graph's adjacency with its units, say."""
+    terms = []
+    for node in c.trace.graph.nodes:
+        value = c.values.get(node)
+        is_product = node.op in ("call_function", "call_method") and operation_name(node.target) in ("matmul", "bmm")
+        if not is_product or not isinstance(value, Axes):
+            continue
+        one, two = (_factor(layout, c.spaces, parts) for layout in value.layouts[-2:])
+        if one.by_part or two.by_part:
+            *batch, _, _ = c.trace.shapes[node]
+            first = next(leaves(c.arguments(node)))
+            summed = c.spaces.size(first.layouts[-1])
+            terms.append(Term("", (one, two), 2 * float(np.prod(batch)) * summed, 0))
     return terms
 
 

@@ -14,19 +14,20 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 
+from trimtab.pruning.in_place import tensors_of, writers
 from trimtab.pruning.network import PrunableNetwork
-from trimtab.pruning.scores import score_sum
 from trimtab.pruning.validation import Validation
 from trimtab.surgery.layout import Axes, leaves
+from trimtab.surgery.operation_rules import operation_name
 
 __all__ = ["CachedEvaluator"]
 
@@ -66,10 +67,12 @@ class CachedEvaluator:
 
     def __init__(self, network: PrunableNetwork, validation: Validation, *, memory: int = _MEMORY) -> None:
         self.network, self._batches, self._memory = network, validation.batches, memory
+        self._validation = validation
         self._kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._bytes = 0
         self.n_operations = 0
         self._steps = _plan(network)
+        self._writers = writers(network.couplings.trace.graph, network.model, network.inputs)
 
     @property
     def bytes_kept(self) -> int:
@@ -80,23 +83,29 @@ class CachedEvaluator:
     def score(self, configuration: Sequence[int]) -> float:
         """Mean score of the configuration on the validation set: accuracy, or minus the mean squared error."""
         total, n = 0.0, 0
-        kept = self.network.kept(configuration)
-        for number, (inputs, targets) in enumerate(self._batches):
-            run = _Run(self, number, inputs, tuple(configuration), kept)
-            sum_of_batch, n_of_batch = score_sum(run.output(), targets)
+        for (_, targets), outputs in zip(self._batches, self._outputs(configuration), strict=True):
+            sum_of_batch, n_of_batch = self._validation.score_sum(outputs, targets)
             total, n = total + sum_of_batch, n + n_of_batch
         return total / n
 
     def outputs(self, configuration: Sequence[int]) -> Tensor:
         """What the network puts out for the validation inputs; (samples, ...)."""
-        kept = self.network.kept(configuration)
         with torch.no_grad():
-            return torch.cat(
-                [
-                    _Run(self, number, inputs, tuple(configuration), kept).output()
-                    for number, (inputs, _) in enumerate(self._batches)
-                ]
-            )
+            return torch.cat(list(self._outputs(configuration)))
+
+    def _outputs(self, configuration: Sequence[int]) -> Iterator[Any]:
+        """Of each batch; of the cut network as a whole where the forward reads again what it has written into."""
+        if self._writers is None:
+            model = self.network.cut(configuration)
+            yield from (model(*(tensor.clone() for tensor in inputs)) for inputs, _ in self._batches)
+            return
+        kept = self.network.kept(configuration)
+        for number, (inputs, _) in enumerate(self._batches):
+            yield _Run(self, number, inputs, tuple(configuration), kept).output()
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether an operation writes into what others hold."""
+        return self._writers is not None and node in self._writers
 
     def step(self, node: fx.Node) -> _Step:
         """How an operation is run."""
@@ -171,6 +180,8 @@ class _Run:
         step = self._evaluator.step(node)
         args = fx.map_arg(node.args, lambda source: self._cut(source, step))
         kwargs = fx.map_arg(node.kwargs, lambda source: self._cut(source, step))
+        if self._evaluator.writes(node):
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         value = self._applied(node, step, args, kwargs)
         self._evaluator.n_operations += 1
         if step.is_kept:
@@ -230,7 +241,7 @@ class _Run:
             if places is None:
                 continue
             if isinstance(value, PackedSequence):  # (tokens, units): time and batch are one axis
-                value = value._replace(data=value.data.index_select(-1, places))
+                value = value._replace(data=value.data.index_select(-1, places.to(value.data.device)))
             else:
                 value = value.index_select(dim, places.to(value.device))
         return value
@@ -296,7 +307,8 @@ def _asks_for_sizes(network: PrunableNetwork, spaces: frozenset[int]) -> bool:
     """Whether the forward reads a size that follows a width: then everything has to be as in the cut network."""
     c = network.couplings
     for node in c.trace.graph.nodes:
-        is_size = node.target in ("size", "numel") or (node.target is getattr and node.args[1] == "shape")
+        name = None if node.op in ("placeholder", "get_attr", "call_module", "output") else operation_name(node.target)
+        is_size = name in ("size", "numel") or (name == "getattr" and node.args[1] == "shape")
         batch_alone = node.target == "size" and node.args[1:] == (0,)
         if (
             is_size
@@ -317,8 +329,4 @@ def _local_parts(network: PrunableNetwork, target: str) -> list[int]:
 
 
 def _bytes(value: Any) -> int:
-    found = 0
-    for leaf in tree_leaves(value):
-        tensor = leaf.data if isinstance(leaf, PackedSequence) else leaf
-        found += tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else 0
-    return found
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))

@@ -19,12 +19,13 @@ from trimtab.cost import as_inputs, count_by_module
 from trimtab.errors import InputError, unknown_name
 from trimtab.pruning import attention
 from trimtab.pruning.costs import ClosedForm, Counts, Factor, Term, terms_of_couplings
-from trimtab.pruning.importance import IMPORTANCE, ranked, unit_scores
+from trimtab.pruning.importance import IMPORTANCE, random_scores, ranked, unit_scores
 from trimtab.pruning.parts import Configuration, Part, check_configuration, width_grid
 from trimtab.pruning.slicing import Slicer
 from trimtab.surgery.couplings import Couplings, Group
 from trimtab.surgery.layers import Removal, removals
 from trimtab.surgery.layout import Layout
+from trimtab.surgery.module_rules import KNOWN
 from trimtab.surgery.trace import trace
 
 __all__ = ["LocalCut", "PrunableNetwork", "copied", "units_of"]
@@ -118,7 +119,7 @@ class PrunableNetwork:
         score = partial(self._scores, kind=importance, seed=seed)
         self.scores = tuple(score(part, way) for part, way in found)
         self.orders = tuple(ranked(scores) for scores in self.scores)
-        counts = count_by_module(self.model, self.inputs)
+        counts = count_by_module(copied(self.model), self.inputs)  # with gradients, which computed weights would keep
         self.costs = ClosedForm(self.model, counts, self.dense, self._terms(counts))
         self._kept: dict[tuple[int, int], Tensor] = {}
 
@@ -147,7 +148,10 @@ class PrunableNetwork:
             has_own = any(True for _ in module.parameters(recurse=False))
             within = any(name == held or name.startswith(f"{held}.") for held in inside)
             if has_own and module not in known and not within:
-                self.refused.setdefault(name, f"no rule says what the units of {type(module).__name__} are coupled to")
+                why = f"no rule says what the units of {type(module).__name__} are coupled to"
+                if type(module) in KNOWN and not c.trace.calls[module]:
+                    why = "the forward never calls it"
+                self.refused.setdefault(name, why)
         return parts
 
     def _way_out(self, group: Group, gone: Mapping[str, Removal], space: int) -> _Way:
@@ -188,8 +192,7 @@ class PrunableNetwork:
             slots = [slot for slot in c.slots if way.space in c.spaces.in_layout(slot.layout)]
             return unit_scores(slots, c.spaces, way.space, kind, seed=seed, name=part.name)
         if kind == "random":
-            generator = torch.Generator().manual_seed(seed)
-            return torch.rand(part.size, generator=generator, dtype=torch.float64)
+            return random_scores(part.size, seed, part.name)
         if part.kind == "heads":
             return attention.head_importance(attention.attentions(self.model)[part.layers[0]])
         return attention.unit_importance(attention.feed_forwards(self.model)[part.layers[0]])
@@ -339,7 +342,8 @@ def copied(model: nn.Module) -> nn.Module:
     except Exception as error:  # whatever a user's module does when it is copied
         raise InputError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pruning works on copies: "
-            "remove hooks that keep tensors, or finish torch.nn.utils.prune with prune.remove"
+            "remove hooks that keep tensors, or finish torch.nn.utils.prune with prune.remove, weight_norm with "
+            "remove_weight_norm"
         ) from error
 
 

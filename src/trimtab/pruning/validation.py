@@ -5,11 +5,13 @@ Made by `trimtab.pruner` from the pair that the user gives; `evaluation` scores 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from trimtab.errors import InputError
-from trimtab.pruning.scores import score_sum
+from trimtab.pruning.scores import check_classes, is_probability, score_sum
 
 __all__ = ["BATCH_SIZE", "Validation"]
 
@@ -28,6 +30,7 @@ class Validation:
 
     Attributes:
         batches: (inputs, targets) of each batch.
+        threshold: Of `score_sum`: 0.5 where the dense network puts out probabilities of one class, else 0.
 
     Raises:
         InputError: Inputs and targets have not the same number of samples, or do not fit the network.
@@ -54,23 +57,30 @@ class Validation:
             (tuple(part), part_of_targets)
             for *part, part_of_targets in zip(*(tensor.split(batch_size) for tensor in tensors), strict=True)
         ]
-        self._try(model)
+        self.threshold = 0.0
+        self._try(model, targets)
 
     @torch.no_grad()
-    def _try(self, model: nn.Module) -> None:
+    def _try(self, model: nn.Module, all_targets: Tensor) -> None:
         """Say a wrong shape now, and not after a search has begun."""
         first, targets = self.batches[0]
         try:
-            outputs = model(*first)
+            outputs = model(*(tensor.clone() for tensor in first))  # a forward may work on its inputs in place
         except Exception as error:  # whatever the user's forward raises
             reason = f"{type(error).__name__}: {error}"
             raise InputError(
                 f"the network fails on the validation inputs: {reason}; give them as in training"
             ) from error
         score_sum(outputs, targets)
+        check_classes(outputs, all_targets)
+        self.threshold = 0.5 if is_probability(outputs, targets) else 0.0
 
     @torch.no_grad()
     def rate(self, model: nn.Module) -> float:
         """Mean score of a network: accuracy, or minus the mean squared error."""
-        found = [score_sum(model(*inputs), targets) for inputs, targets in self.batches]
+        found = [self.score_sum(model(*(x.clone() for x in inputs)), targets) for inputs, targets in self.batches]
         return sum(of_batch for of_batch, _ in found) / sum(n for _, n in found)
+
+    def score_sum(self, outputs: Any, targets: Tensor) -> tuple[float, int]:
+        """Sum of the scores of a batch of outputs, and how many there are."""
+        return score_sum(outputs, targets, self.threshold)

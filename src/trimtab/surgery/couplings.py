@@ -175,7 +175,7 @@ class Couplings:
         )
 
     def _refuse_shared_parameters(self) -> None:
-        """Refuse units whose parameters are also used elsewhere, where another selection of them would be needed."""
+        """Refuse units whose parameters are used elsewhere or computed, where another selection would be needed."""
         names = {module: name for name, module in reversed(self.trace.modules.items())}
         places: dict[int, list[str]] = defaultdict(list)
         for module, name in names.items():
@@ -190,6 +190,10 @@ class Couplings:
                 reason = f"module {slot.name!r} is called {self.trace.calls[slot.module]} times in one forward"
             elif len(places[id(tensor)]) > 1:
                 reason = f"one parameter is used in several places: {', '.join(sorted(places[id(tensor)]))}"
+            elif slot.attribute not in {**slot.module._parameters, **slot.module._buffers}:
+                reason = (
+                    f"{slot.name}.{slot.attribute} is computed from other tensors (weight_norm, spectral_norm, a mask)"
+                )
             elif id(tensor) in taken:
                 reason = f"the forward takes {slot.name}.{slot.attribute} by itself as well as through its module"
             else:

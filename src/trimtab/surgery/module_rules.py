@@ -15,7 +15,7 @@ from trimtab.surgery.layout import Axes, Layout, plain
 if TYPE_CHECKING:
     from trimtab.surgery.couplings import Couplings, Value
 
-__all__ = ["CONVOLUTIONS", "RECURRENT", "has_batch_norm_rule", "module_value"]
+__all__ = ["CONVOLUTIONS", "KNOWN", "RECURRENT", "has_batch_norm_rule", "module_value"]
 
 CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # axes of space
 RECURRENT: dict[type[nn.Module], int] = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}  # gates
@@ -242,3 +242,4 @@ _RULES: dict[type[nn.Module], _Rule] = {
     **dict.fromkeys(_EACH_NUMBER, _each_number),
     **dict.fromkeys(_POOLS, _pool),
 }
+KNOWN = frozenset(_RULES)  # classes of modules that there is a rule for
