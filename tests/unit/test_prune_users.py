@@ -212,13 +212,15 @@ def test_paper_takes_one_of_evaluate_and_validation() -> None:
         )  # fmt: skip
 
 
-def test_names_are_lists_of_names() -> None:
+def test_names_paths_and_functions_are_that() -> None:
     good = {**SMALL, "validation": (INPUTS, TARGETS)}
     for changes, text in [
         ({"ignore": "conv1"}, r"ignore is 'conv1'; expected a list of names, such as \['conv1'\]; \[\] for none"),
         ({"ignore": None}, "ignore is None; expected a list of names"),
         ({"ignore": [0, "2"]}, r"ignore is \[0, '2'\]; expected a list of names"),
         ({"baselines": "uniform"}, "baselines is 'uniform'; expected a list of names"),
+        ({"checkpoint": 3}, "checkpoint is 3; expected a folder's path, or None"),
+        ({"on_news": 3}, "on_news is int; expected a function of the news, or None"),
     ]:
         with pytest.raises(InputError, match=text):
             trimtab.prune(model(), INPUTS[:1], **{**good, **changes})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import trimtab
 from trimtab.cost import count_by_module
 from trimtab.errors import InputError
-from trimtab.pruning.evaluation import CachedEvaluator
+from trimtab.pruning.evaluation import CachedEvaluator, _Run
 from trimtab.pruning.in_place import writers
 from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.scores import score_sum
@@ -164,3 +164,47 @@ def test_fine_tuning_that_ends_in_nan_is_a_failure() -> None:
         agent="exhaustive", n_best=2,
     )  # fmt: skip
     assert [c.failure for c in result.report.candidates] == ["", "its score after fine-tuning is nan"]
+
+
+class Optional(nn.Module):
+    """A second input that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor | None = None, scale: float = 2.0) -> Tensor:
+        x = self.one(x) * scale
+        if y is not None:
+            x = x + self.two(y)
+        return self.head(torch.relu(x))
+
+
+def test_an_input_that_may_be_left_out() -> None:
+    torch_inputs = (torch.ones(1, 6), torch.ones(1, 4))
+    without = PrunableNetwork(Optional(), torch_inputs[0], multiple=1)
+    assert [part.layers for part in without.parts] == [("one",)]
+    assert without.refused["two"] == "the forward never calls it"
+    cut = without.cut((3,))
+    validation = Validation((torch.ones(2, 6), torch.zeros(2, dtype=torch.long)), without.model, 1)
+    assert torch.allclose(CachedEvaluator(without, validation).outputs((3,)), cut(torch.ones(2, 6)), atol=1e-6)
+    both = PrunableNetwork(Optional(), torch_inputs, multiple=1)
+    assert [part.layers for part in both.parts] == [("one", "two")]
+
+
+def test_results_are_let_go_of_when_they_were_read_for_the_last_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [layer for _ in range(20) for layer in (nn.Tanh(), nn.Dropout())]  # none of which is kept
+    net = PrunableNetwork(nn.Sequential(nn.Linear(6, 8), *layers, nn.Linear(8, 3)), torch.zeros(1, 6), multiple=1)
+    inputs = torch.zeros(2, 6)
+    evaluator = CachedEvaluator(net, Validation((inputs, torch.zeros(2, dtype=torch.long)), net.model, 1))
+    most: list[int] = []
+    computed = _Run._computed
+
+    def watched(run: _Run, node: object) -> object:
+        most.append(len(run._values))
+        return computed(run, node)
+
+    monkeypatch.setattr(_Run, "_computed", watched)
+    evaluator.score(net.dense)
+    assert len(most) == 42
+    assert max(most) <= 2

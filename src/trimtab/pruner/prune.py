@@ -80,7 +80,8 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         seed: Of everything that is drawn.
         multiple: Widths are multiples of it, since odd ones are slower than wider ones that are; narrow parts, of
             fewer than four times as many units, go in quarters.
-        importance: Which units go first: "l2", "product", "incoming", "outgoing" or "random".
+        importance: Which units go first: "l2", "product", "incoming", "outgoing" or "random". Heads and the
+            feed-forward units of torch's transformer layers go by "l2" with each of them but "random".
         ignore: Names of layers whose units stay.
         stages: Prune and fine-tune in so many stages, each to the same share of the one before; more than 1 needs
             `fine_tune`.
@@ -107,6 +108,10 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
     for name in _names("baselines", baselines):
         if name not in METHODS:
             raise unknown_name("baseline", name, METHODS)
+    if checkpoint is not None and not isinstance(checkpoint, (str, Path)):
+        raise InputError(f"checkpoint is {checkpoint!r}; expected a folder's path, or None")
+    if on_news is not None and not callable(on_news):
+        raise InputError(f"on_news is {type(on_news).__name__}; expected a function of the news, or None")
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, BACKENDS)
     options: dict[str, Any] = {

@@ -147,6 +147,7 @@ class _Run:
         self._values: dict[fx.Node, Any] = dict(zip(places, inputs, strict=False))
         for node in places[len(inputs) :]:
             self._values[node] = node.args[0] if node.args else None  # the forward's own default
+        self._done: set[fx.Node] = set()
         self._end = next(node for node in graph.nodes if node.op == "output")
 
     def output(self) -> Any:
@@ -163,7 +164,15 @@ class _Run:
                 pending += missing
                 continue
             self._values[pending.pop()] = self._computed(node)
+            self._let_go(node)
         return fx.map_arg(self._end.args[0], lambda node: self._values[node])
+
+    def _let_go(self, node: fx.Node) -> None:
+        """Of what was read for the last time, as a forward does: a deep network's results do not fit side by side."""
+        self._done.add(node)
+        for source in node.all_input_nodes:
+            if self._done.issuperset(source.users):
+                self._values.pop(source, None)
 
     def _key(self, node: fx.Node) -> tuple[Any, ...]:
         return (node, self._number, *(self._configuration[part] for part in self._evaluator.step(node).depends))

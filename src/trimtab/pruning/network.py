@@ -149,7 +149,7 @@ class PrunableNetwork:
             within = any(name == held or name.startswith(f"{held}.") for held in inside)
             if has_own and module not in known and not within:
                 why = f"no rule says what the units of {type(module).__name__} are coupled to"
-                if type(module) in KNOWN and not c.trace.calls[module]:
+                if name and type(module) in KNOWN and not c.trace.calls[module]:
                     why = "the forward never calls it"
                 self.refused.setdefault(name, why)
         return parts

@@ -6,6 +6,7 @@ leaves; the graph is then run once on the example inputs, in evaluation and with
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,8 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
     """
     name = type(model).__name__
     try:
-        graphs = [_graph(model, training) for training in (True, False)]
+        left_out = _defaults(model, len(inputs))
+        graphs = [_graph(model, training, left_out) for training in (True, False)]
     except Exception as error:  # fx raises whatever the forward makes of its stand-ins
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
@@ -100,17 +102,26 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
             module.training = mode
 
 
+_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _SEQUENCES = ("pack_padded_sequence", "pad_packed_sequence")  # plain Python that looks into its tensors
 
 
-def _graph(model: nn.Module, training: bool) -> fx.Graph:
+def _defaults(model: nn.Module, n_inputs: int) -> dict[str, None]:
+    """Arguments of the forward that are None unless they are given, and are not: a forward may ask whether they are."""
+    accepted = list(inspect.signature(model.forward).parameters.values())
+    if any(argument.kind not in _BY_PLACE for argument in accepted):
+        return {}  # of which fx takes no values
+    return {argument.name: None for argument in accepted[n_inputs:] if argument.default is None}
+
+
+def _graph(model: nn.Module, training: bool, left_out: dict[str, None]) -> fx.Graph:
     """Trace; functions that look into their tensors become one operation, however the forward gets at them."""
     originals = {name: getattr(rnn, name) for name in _SEQUENCES}
     with evaluating(model, training):
         try:
             for name, function in originals.items():  # called as torch.nn.utils.rnn.name
                 setattr(rnn, name, _as_one_operation(function))
-            return fx.Tracer(autowrap_functions=tuple(originals.values())).trace(model)  # imported by name
+            return fx.Tracer(autowrap_functions=tuple(originals.values())).trace(model, left_out)  # imported by name
         finally:
             for name, function in originals.items():
                 setattr(rnn, name, function)
