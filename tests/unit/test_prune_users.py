@@ -250,3 +250,33 @@ def test_parametrized_weights_are_named_and_end_in_no_crash() -> None:
     assert result.report.refused["4"] == "no rule says what the units of ParametrizedLinear are coupled to"
     assert result.report.widths["0"][1] < 32
     assert result.report.pruned.flops <= 0.8 * result.report.dense.flops
+
+
+def test_a_target_that_only_taking_layers_out_reaches() -> None:
+    net = nn.Sequential(*(layer for n in (6, 32, 32) for layer in (nn.Linear(n, 32), nn.ReLU())), nn.Linear(32, 3))
+    # Of 8 units each 6 * 8 + 2 * 64 + 24 of 6 * 32 + 2 * 1024 + 96 products are left, without the two in the middle 72.
+    options = {"validation": (INPUTS, TARGETS), "max_evaluations": 8}
+    for agent in ("ppo", "random-search", "uniform", "global", "greedy", "exhaustive"):
+        result = trimtab.prune(net, INPUTS[:1], target={"flops": 0.05}, agent=agent, **options)
+        assert result.report.pruned.flops <= 0.05 * result.report.dense.flops
+        assert (result.model(INPUTS).argmax(1) == TARGETS).double().mean() == pytest.approx(result.report.pruned.score)
+    with pytest.raises(
+        InputError, match=r"target flops 0\.03 cannot be reached.* 0\.0308 of the dense network's flops"
+    ):
+        trimtab.prune(net, INPUTS[:1], target={"flops": 0.03}, **options)
+
+
+@pytest.mark.parametrize(
+    ("agent", "text"),
+    [("greedy", "no configuration within the budget has a score"), ("random-units", "ValueError was")],
+)
+def test_rules_that_end_without_a_score_say_so(agent: str, text: str) -> None:
+    def evaluate(net: nn.Module) -> float:
+        if agent == "greedy" and sum(widths_of(net)) > 80:
+            return 0.5
+        if widths_of(net) != (32, 64):
+            raise ValueError("boom")
+        return 0.5
+
+    with pytest.raises((InputError, RunFailedError), match=text):
+        trimtab.prune(model(), INPUTS[:1], evaluate=evaluate, agent=agent, **SMALL)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from trimtab.errors import RunFailedError
+from trimtab.errors import InputError, RunFailedError, TrimtabError
 from trimtab.pruner.search import AGENTS, Search
 from trimtab.pruning.allocations import THRESHOLDS, by_threshold, every, greedy, random_orders, uniform
 from trimtab.pruning.budget import Budget
@@ -79,7 +79,7 @@ def propose(
     if name == "random-units":
         orders = random_orders(budget, torch_generator(seed, "random units"))
         widths = uniform(budget)
-        return Proposal((widths,), (rate(budget.network.cut(widths, orders)),), orders, 1)
+        return Proposal((widths,), (_rated(rate, budget.network.cut(widths, orders)),), orders, 1)
     if name in AGENTS:
         search = Search(budget, scorer, name, max_evaluations, seed, weights, on_news)
         found = tuple(search.run()[:n_best])
@@ -93,9 +93,28 @@ def propose(
         found = (greedy(budget, scorer.score),)
     else:
         found = (uniform(budget) if name == "uniform" else by_threshold(budget, name),)
+    found = tuple(widths for widths in found if scorer.score(widths) > -math.inf)
     scores = tuple(scorer.score(widths) for widths in found)
     if not found:
         raise RunFailedError(
             f"no configuration within the budget has a score; the first failure: {scorer.first_failure}"
         )
     return Proposal(found, scores, None, scorer.n_evaluations, scorer.n_failed, scorer.first_failure)
+
+
+def _rated(rate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    """Score of a network that the scorer has no name for, since its units are others.
+
+    Raises:
+        InputError: There is none.
+    """
+    try:
+        found = float(rate(model))
+    except (TrimtabError, MemoryError):
+        raise
+    except Exception as error:  # whatever a user's function raises
+        reason = f"{type(error).__name__} was raised for the network with random units: {error}"
+        raise InputError(f"{reason}; evaluate is called with a torch.nn.Module and returns a float") from error
+    if not math.isfinite(found):
+        raise InputError(f"the score of the network with random units is {found}; expected a finite number")
+    return found

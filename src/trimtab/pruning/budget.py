@@ -108,7 +108,8 @@ class Budget:
     Attributes:
         limit: Of the cost: FLOPs, parameters or seconds.
         dense: See above.
-        floor: Configuration of the smallest widths with all layers there.
+        floor: Configuration of the smallest widths with all layers there; where that costs too much, without those
+            that can be taken out and save something.
 
     Raises:
         InputError: Not even the smallest configuration keeps to it.
@@ -135,11 +136,21 @@ class Budget:
         self.floor = floor(network)
         least = cost(self.floor)
         if least > self.limit:
+            self.floor, least = self._without_layers(least)
+        if least > self.limit:
             raise InputError(
                 f"target {target.kind} {target.share:g} cannot be reached: with every part at its smallest width "
                 f"{least / self.dense:.3g} of the dense network's {target.kind} are left; raise the target, or lower "
                 "multiple or ignore less, so that parts can be smaller"
             )
+
+    def _without_layers(self, least: float) -> tuple[Configuration, float]:
+        found = self.floor
+        for place, part in enumerate(self.network.parts):
+            tried = (*found[:place], part.widths[0], *found[place + 1 :])
+            if (cost := self.cost(tried)) < least:
+                found, least = tried, cost
+        return found, least
 
     def share(self, configuration: Sequence[int]) -> float:
         """Cost of a configuration in units of the dense network's."""
