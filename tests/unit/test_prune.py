@@ -315,6 +315,7 @@ def test_bad_input_is_one_error(trained: nn.Module) -> None:
         ({"backend": "torch"}, "backend 'torch'"),
         ({"fine_tune": 3}, "fine_tune is int"),
         ({"agent": "paper"}, "agent 'paper' retrains after each action: give fine_tune="),
+        ({"baselines": ["paper"]}, "agent 'paper' retrains after each action: give fine_tune="),
         ({"stages": 2, "max_evaluations": 16}, "stages are fine-tuned in between: give fine_tune="),
         ({"validation": None}, "neither of evaluate= and validation= given"),
         ({"evaluate": raising}, "both of evaluate= and validation= given"),

@@ -103,11 +103,14 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
     """
     parsed = Target.parse({"flops": 0.5} if target is None else target)
     check_one(evaluate, validation)
-    _check(agent, fine_tune, max_evaluations=max_evaluations, seed=seed, stages=stages, n_best=n_best)
     ignored = _names("ignore", ignore)
     for name in _names("baselines", baselines):
         if name not in METHODS:
             raise unknown_name("baseline", name, METHODS)
+    if agent not in METHODS:
+        raise unknown_name("agent", agent, METHODS)
+    retrains = "paper" in (agent, *baselines)
+    _check(fine_tune, retrains, max_evaluations=max_evaluations, seed=seed, stages=stages, n_best=n_best)
     if checkpoint is not None and not isinstance(checkpoint, (str, Path)):
         raise InputError(f"checkpoint is {checkpoint!r}; expected a folder's path, or None")
     if on_news is not None and not callable(on_news):
@@ -182,14 +185,12 @@ def _budget(
     return Budget(network, target, table.seconds, dense=dense)
 
 
-def _check(agent: str, fine_tune: object, *, seed: int, **counts: int) -> None:
+def _check(fine_tune: object, retrains: bool, *, seed: int, **counts: int) -> None:
     """Refuse arguments that are none.
 
     Raises:
         InputError: Naming the argument.
     """
-    if agent not in METHODS:
-        raise unknown_name("agent", agent, METHODS)
     if fine_tune is not None and not callable(fine_tune):
         raise InputError(f"fine_tune is {type(fine_tune).__name__}; expected a function that trains a network in place")
     for name, least, value in [
@@ -200,8 +201,8 @@ def _check(agent: str, fine_tune: object, *, seed: int, **counts: int) -> None:
     ]:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} is {value!r}; expected a whole number of {least} or more")
-    if fine_tune is None and (agent == "paper" or counts["stages"] > 1):
-        what = "agent 'paper' retrains after each action" if agent == "paper" else "stages are fine-tuned in between"
+    if fine_tune is None and (retrains or counts["stages"] > 1):
+        what = "agent 'paper' retrains after each action" if retrains else "stages are fine-tuned in between"
         raise InputError(f"{what}: give fine_tune=, a function that trains a network in place")
 
 

@@ -1,6 +1,7 @@
 """Teach: one policy of widths for many networks, which the agent "ppo" starts from on a new one.
 
-Called by the command that makes the shipped policy (`trimtab learn pruning`). An episode draws a lesson and a target;
+No policy is shipped yet, and no command calls this: whether a taught one finds more than PPO from nothing has still to
+be measured. An episode draws a lesson and a target;
 its reward is by how much of the dense network's score the pruned one is better than the best of the two rules that
 every search begins with, so that an easy network does not count for more than a hard one.
 """
