@@ -113,7 +113,7 @@ def main() -> int:
         print(f"round {len(seen)} of {arguments.rounds}", end="\r", file=sys.stderr)
 
     fresh = environment()
-    policy = WidthPolicy(fresh, PRESETS["ppo"], seed=0)
+    policy = WidthPolicy(fresh, PRESETS["ppo-untaught"], seed=0)
     started, started_cpu = time.perf_counter(), time.process_time()
     policy.learn(EPISODES * len(network.parts), lambda: False)
     learning = {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - started_cpu}

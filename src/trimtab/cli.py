@@ -28,6 +28,7 @@ __all__ = ["app", "main"]
 
 DATA_VARIABLE = "TRIMTAB_DATA"
 _KINDS = ("tasks", "agents", "knobs", "signals", "rewards")
+_PRUNING = "pruning"  # what `trimtab learn` makes that is no controller's brain
 _LISTS = (*_KINDS, "arms", "studies", "recipes", "brains", "experience")
 # What typer raises on a wrong command line; older typers have it from click, newer ones bring their own.
 _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -183,6 +184,7 @@ def prune_command(  # noqa: PLR0913 (one argument for each option of the command
         int | None, typer.Option(help="Optimizer steps of a fine-tuning; one pass over the data if not given.")
     ] = None,
     stages: Annotated[int, typer.Option(help="Stages of pruning and fine-tuning.")] = 1,
+    multiple: Annotated[int, typer.Option(help="Widths are multiples of it.")] = 8,
     model: Annotated[
         Path | None, typer.Option(help="Folder of a saved network of the task, instead of training one.")
     ] = None,
@@ -196,11 +198,11 @@ def prune_command(  # noqa: PLR0913 (one argument for each option of the command
 ) -> None:
     """Train a task's network, prune it to a target, fine-tune it, and report."""
     options: dict[str, Any] = {
-        "max_evaluations": max_evaluations, "stages": stages, "seed": seed, "fine_tune_steps": fine_tune_steps,
-        "model": model, "scale": scale, "out": out,
+        "max_evaluations": max_evaluations, "stages": stages, "multiple": multiple, "seed": seed,
+        "fine_tune_steps": fine_tune_steps, "model": model, "scale": scale, "out": out,
     }  # fmt: skip
     words = {"target": target, "agent": agent, "baselines": baselines, **options, "data-dir": data_dir}
-    usual = {"agent": "ppo", "max_evaluations": 100, "stages": 1, "seed": 0, "scale": "small"}
+    usual = {"agent": "ppo", "max_evaluations": 100, "stages": 1, "multiple": 8, "seed": 0, "scale": "small"}
     given = {name: None if value == usual.get(name) else value for name, value in words.items()}
 
     def action() -> int:
@@ -268,6 +270,8 @@ def learn_command(
     given = {"seed": seed or None, "out": out, "workers": workers, **changes}
 
     def action() -> int:
+        if recipe == _PRUNING:
+            return _learn_pruning(out, seed, {"resume": resume or None, "workers": workers, **changes})
         from trimtab.learning.learn import learn
         from trimtab.progress import make_display
 
@@ -279,7 +283,21 @@ def learn_command(
         screen.print(f"brain: {learned.brain}", markup=False, soft_wrap=True)
         return 0
 
-    _guarded(action, _command_line("learn", recipe, given))
+    _guarded(action, "" if recipe == _PRUNING else _command_line("learn", recipe, given))
+
+
+def _learn_pruning(out: Path | None, seed: int, others: dict[str, Any]) -> int:
+    """Learn the policy of `trimtab.prune`, which is made in another way than the brains of recipes."""
+    for name, value in others.items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} is not for `trimtab learn {_PRUNING}`: it is made in one piece; leave it out")
+    from trimtab.progress import make_display
+    from trimtab.pruner.learn import learn_policy
+
+    brain = learn_policy(out, seed=seed, display=make_display(Console(stderr=True)))
+    Console(highlight=False).print(f"brain: {brain}", markup=False, soft_wrap=True)
+    return 0
 
 
 @app.command("list")
@@ -346,7 +364,8 @@ def _rows(what: str) -> dict[str, str]:
         from trimtab.learning.recipe import recipe_names
         from trimtab.yaml_files import read_yaml
 
-        return {name: str(read_yaml(path, "recipe").get("idea")) for name, path in recipe_names().items()}
+        recipes = {name: str(read_yaml(path, "recipe").get("idea")) for name, path in recipe_names().items()}
+        return {**recipes, _PRUNING: "a policy of widths for trimtab.prune, taught on many small networks"}
     if what == "arms":
         rows = {name: entry.description for name, entry in registry.entries("agent").items() if name != "replay"}
         rows["placebo:ARM"] = "ARM decides, and only its base schedule is written"

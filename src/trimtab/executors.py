@@ -32,6 +32,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from trimtab.errors import InputError, RunFailedError, TrimtabError, unknown_name
+from trimtab.machine import torch_threads
 
 __all__ = ["Event", "Executor", "InProcess", "LocalProcesses", "OnEvent", "make_executor"]
 
@@ -103,7 +104,7 @@ class InProcess(Executor):
         if not self._pending:
             return  # nothing to import for
         function = _resolve(self._function)
-        with _torch_threads(self._threads):
+        with torch_threads(self._threads):
             while self._pending:
                 key, arguments = self._pending.popleft()
                 on_event(Event("started", key))
@@ -340,19 +341,3 @@ def _resolve(function: str) -> Callable[..., dict[str, Any]]:
     module, _, attribute = function.partition(":")
     found: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), attribute)
     return found
-
-
-@contextlib.contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    """Lend torch a number of threads in a process that is not ours alone."""
-    if threads is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

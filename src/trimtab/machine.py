@@ -5,16 +5,17 @@ Called by the experiments for study.json, and by the learning of brains. Asking 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 from trimtab.errors import InputError
 from trimtab.version import __version__
 
-__all__ = ["default_workers", "describe", "differences", "resolve_device"]
+__all__ = ["default_workers", "describe", "differences", "resolve_device", "torch_threads"]
 
 _PACKAGES = ("torch", "numpy")
 
@@ -71,3 +72,19 @@ def default_workers(device: str, threads: int) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // threads)
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Lend torch a number of threads in a process that is not ours alone; None leaves it as it is."""
+    if threads is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

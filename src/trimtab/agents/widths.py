@@ -65,7 +65,8 @@ class WidthOptions:
 
 
 PRESETS = {
-    "ppo": WidthOptions(),
+    "ppo": WidthOptions(learning_rate=1e-3),  # from what it was taught before; faster, it forgets that
+    "ppo-untaught": WidthOptions(),
     "paper": WidthOptions(
         learning_rate=3e-4, gamma=0.99, gae_lambda=0.95, ent_coef=0.0
     ),  # clip, epochs, batch as above

@@ -136,11 +136,18 @@ def _show_making(directory: Path, console: Console) -> None:
 
 def _show_brain(directory: Path, console: Console) -> None:
     from trimtab.brain import Brain  # imports torch
+    from trimtab.brain_files import kind_of
+    from trimtab.pruner.policies import KIND, TaughtPolicy
 
-    brain = Brain.load(directory)
-    rows: dict[str, Any] = {"agent": brain.agent.name, "spec": brain.spec.fingerprint}
-    rows |= {f"option {key}": _in_words(value) for key, value in brain.agent.options.items()}
-    provenance = dict(brain.provenance)
+    rows: dict[str, Any]
+    if kind_of(directory) == KIND:
+        provenance = dict(TaughtPolicy.load(directory).provenance)
+        rows = {"agent": "ppo of trimtab.prune", "curve (episodes, reward)": _in_words(provenance.pop("curve", None))}
+    else:
+        brain = Brain.load(directory)
+        rows = {"agent": brain.agent.name, "spec": brain.spec.fingerprint}
+        rows |= {f"option {key}": _in_words(value) for key, value in brain.agent.options.items()}
+        provenance = dict(brain.provenance)
     validation = provenance.pop("validation", None)
     for key, value in provenance.items():
         if key == "recipe" and isinstance(value, Mapping):

@@ -7,7 +7,7 @@ them afterwards is the same for all. Every method is a baseline of every other o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from trimtab.seeding import torch_generator
 
 __all__ = ["LEARNED", "METHODS", "Proposal", "propose"]
 
-LEARNED = ("ppo", "paper")
+LEARNED = ("ppo", "ppo-untaught", "paper")
 METHODS = (*AGENTS, "uniform", *THRESHOLDS, "random-units", "greedy", "exhaustive")
 
 
@@ -56,7 +56,7 @@ def propose(
     max_evaluations: int,
     n_best: int,
     seed: int,
-    weights: dict[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     on_news: Callable[[int], None] | None = None,
 ) -> Proposal:
     """What a method proposes for a network.

@@ -19,6 +19,7 @@ from trimtab.errors import InputError, unknown_name
 from trimtab.progress import News
 from trimtab.pruner.choice import FineTune
 from trimtab.pruner.methods import METHODS
+from trimtab.pruner.policies import SHIPPED, TaughtPolicy
 from trimtab.pruner.result import Costs, PruneReport, PruneResult
 from trimtab.pruner.stage import Given, Outcome, run_method
 from trimtab.pruning.budget import Budget, Prunable, Target
@@ -48,6 +49,7 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
     agent: str = "ppo",
     max_evaluations: int = 100,
     seed: int = 0,
+    brain: str | Path = SHIPPED,
     multiple: int = 8,
     importance: str = "l2",
     ignore: Collection[str] = (),
@@ -71,13 +73,15 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
             generators lent. None: nothing is fine-tuned.
         target: What may be left: {"flops": share}, {"params": share} or {"latency": share, "batch_size": n}; None
             halves the FLOPs.
-        agent: "ppo"; "paper", PPO with the write-up's settings, which retrains after each action and needs
-            `fine_tune`; or a method without learning: "random-search" (widths at random within the budget), "uniform"
-            (the same share everywhere), "global" and "lamp" (one threshold for all parts), "greedy", "random-units", or
-            "exhaustive" (all configurations within the budget are scored, where they are not too many).
+        agent: "ppo", which was taught on many small networks before; "ppo-untaught", which was not; "paper", PPO with
+            the write-up's settings, which retrains after each action and needs `fine_tune`; or a method without
+            learning: "random-search" (widths at random within the budget), "uniform" (the same share everywhere),
+            "global" and "lamp" (one threshold for all parts), "greedy", "random-units", or "exhaustive" (all
+            configurations within the budget are scored, where they are not too many).
         max_evaluations: Configurations that are scored in the search, the dense one not counted; 8 or more. "greedy"
             and "exhaustive" are no search: they score what they need.
         seed: Of everything that is drawn.
+        brain: What "ppo" starts from: "pruning", which we ship, or a folder that `trimtab learn pruning` made.
         multiple: Widths are multiples of it, since odd ones are slower than wider ones that are; narrow parts, of
             fewer than four times as many units, go in quarters.
         importance: Which units go first: "l2", "product", "incoming", "outgoing" or "random". Heads and the
@@ -97,6 +101,7 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         The pruned network and a report.
 
     Raises:
+        BrainError: `brain` cannot be loaded.
         InputError: An argument is wrong, the target is out of reach, nothing can be pruned, the network cannot be
             traced, or `evaluate` fails on the dense network; before any training.
         RunFailedError: Fine-tuning failed for every candidate.
@@ -104,19 +109,14 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
     parsed = Target.parse({"flops": 0.5} if target is None else target)
     check_one(evaluate, validation)
     ignored = _names("ignore", ignore)
-    for name in _names("baselines", baselines):
-        if name not in METHODS:
-            raise unknown_name("baseline", name, METHODS)
-    if agent not in METHODS:
-        raise unknown_name("agent", agent, METHODS)
-    retrains = "paper" in (agent, *baselines)
-    _check(fine_tune, retrains, max_evaluations=max_evaluations, seed=seed, stages=stages, n_best=n_best)
+    methods = _methods(agent, baselines)
+    _check_counts(max_evaluations=max_evaluations, seed=seed, stages=stages, n_best=n_best)
+    _check_functions(fine_tune, on_news, needs="paper" in methods, stages=stages)
     if checkpoint is not None and not isinstance(checkpoint, (str, Path)):
         raise InputError(f"checkpoint is {checkpoint!r}; expected a folder's path, or None")
-    if on_news is not None and not callable(on_news):
-        raise InputError(f"on_news is {type(on_news).__name__}; expected a function of the news, or None")
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, BACKENDS)
+    taught = TaughtPolicy.load(brain).weights if "ppo" in methods else {}
     options: dict[str, Any] = {
         "multiple": multiple, "importance": importance, "ignore": sorted(ignored), "seed": seed,
     }  # fmt: skip
@@ -128,10 +128,15 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
     if folder is not None:
         options |= {"agent": agent, "max_evaluations": max_evaluations, "n_best": n_best, "stages": stages,
                     "backend": backend, "parts": {part.name: list(part.widths) for part in dense.parts}}  # fmt: skip
-        given_by_user = {"model": dense.model.state_dict(), "example_inputs": dense.inputs, "validation": validation}
+        given_by_user = {
+            "brain": taught,
+            "model": dense.model.state_dict(),
+            "example_inputs": dense.inputs,
+            "validation": validation,
+        }
         _claim(folder, {"target": parsed.to_dict(), **options, **{k: fingerprint(v) for k, v in given_by_user.items()}})
     whole = _budget(dense, parsed, folder, 1, on_news)
-    given = Given(evaluate, validation, fine_tune, max_evaluations // stages, n_best, seed, None, on_news)
+    given = Given(evaluate, validation, fine_tune, max_evaluations // stages, n_best, seed, taught, on_news)
     network, outcomes = dense, list[Outcome]()
     for number in range(1, stages + 1):
         target_now = replace(parsed, share=parsed.share ** (number / stages))
@@ -143,7 +148,7 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         log = None if folder is None else folder / f"evaluations-{number}.jsonl"
         outcomes.append(run_method(agent, given, network, budget, log=log))
     others = []
-    for name in dict.fromkeys(baselines):
+    for name in methods[1:]:
         log = None if folder is None else folder / f"evaluations-{name}.jsonl"
         others.append(run_method(name, replace(given, max_evaluations=max_evaluations), dense, whole, log=log))
     return _result(dense, whole, outcomes, others, max_evaluations, seed)
@@ -185,14 +190,42 @@ def _budget(
     return Budget(network, target, table.seconds, dense=dense)
 
 
-def _check(fine_tune: object, retrains: bool, *, seed: int, **counts: int) -> None:
-    """Refuse arguments that are none.
+def _methods(agent: object, baselines: object) -> tuple[str, ...]:
+    """The agent, and the baselines, each once.
+
+    Raises:
+        InputError: One of them is no method.
+    """
+    others = _names("baselines", baselines)
+    for name in others:
+        if name not in METHODS:
+            raise unknown_name("baseline", name, METHODS)
+    if agent not in METHODS:
+        raise unknown_name("agent", agent, METHODS)
+    return (str(agent), *dict.fromkeys(others))
+
+
+def _check_functions(fine_tune: object, on_news: object, *, needs: bool, stages: int) -> None:
+    """Refuse what is no function, and none where one is needed.
 
     Raises:
         InputError: Naming the argument.
     """
     if fine_tune is not None and not callable(fine_tune):
         raise InputError(f"fine_tune is {type(fine_tune).__name__}; expected a function that trains a network in place")
+    if on_news is not None and not callable(on_news):
+        raise InputError(f"on_news is {type(on_news).__name__}; expected a function of the news, or None")
+    if fine_tune is None and (needs or stages != 1):
+        what = "agent 'paper' retrains after each action" if needs else "stages are fine-tuned in between"
+        raise InputError(f"{what}: give fine_tune=, a function that trains a network in place")
+
+
+def _check_counts(*, seed: int, **counts: int) -> None:
+    """Refuse numbers that are none.
+
+    Raises:
+        InputError: Naming the argument.
+    """
     for name, least, value in [
         ("seed", 0, seed),
         ("max_evaluations", MIN_EVALUATIONS * counts["stages"], counts["max_evaluations"]),
@@ -201,9 +234,6 @@ def _check(fine_tune: object, retrains: bool, *, seed: int, **counts: int) -> No
     ]:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} is {value!r}; expected a whole number of {least} or more")
-    if fine_tune is None and (retrains or counts["stages"] > 1):
-        what = "agent 'paper' retrains after each action" if retrains else "stages are fine-tuned in between"
-        raise InputError(f"{what}: give fine_tune=, a function that trains a network in place")
 
 
 def _names(argument: str, given: object) -> list[str]:

@@ -23,11 +23,11 @@ from trimtab.pruning.parts import Configuration
 from trimtab.pruning.scorer import Scorer
 from trimtab.seeding import derive_seed, numpy_generator
 
-__all__ = ["AGENTS", "Search", "measure_alone", "seeds_of"]
+__all__ = ["AGENTS", "Search", "measure_alone", "relative", "seeds_of"]
 
 Scores = npt.NDArray[np.float64]
 
-AGENTS = ("ppo", "paper", "random-search")
+AGENTS = ("ppo", "ppo-untaught", "paper", "random-search")
 
 _EPISODES = 300  # in which PPO converges (FINDINGS section 4); repeated configurations cost nothing
 _EPISODES_PER_EVALUATION = 5
@@ -45,7 +45,7 @@ class Search:
         agent: One of `AGENTS`.
         max_evaluations: Configurations scored at most, the dense one not counted.
         seed: Of the agent.
-        weights: What the agent "ppo" starts from; None from nothing.
+        weights: What the agent "ppo" starts from; others start from nothing.
         on_news: Told after every evaluation how many there were.
     """
 
@@ -102,20 +102,62 @@ class Search:
         low, unit = _scale([self.scorer.dense, *self.scorer.scores.values()])
         alone = None if alone is None else (alone - low) / unit
         dense = (self.scorer.dense - low) / unit
-        problem = Problem(network, self.budget, lambda c: (self._score(c) - low) / unit, dense, alone)
+
+        def scaled(widths: Configuration) -> float:
+            return (self._score(widths) - low) / unit
+
+        score = relative(scaled, self.seeds(), dense) if self.agent == "ppo" else scaled
+        problem = Problem(network, self.budget, score, dense, alone)
         env = PruningEnv(problem=problem, reward="each" if self.agent == "paper" else "last")
         policy = WidthPolicy(env, PRESETS[self.agent], seed=derive_seed(self.seed, "agent"))
-        if self.agent == "ppo" and self.weights is not None:
-            policy.load_weights(self.weights)
+        if self.agent == "ppo":
+            policy.load_weights(self.weights or {})
+            _act_out(policy, env)
         policy.learn(self._max_episodes * len(network.parts), self._is_enough)
+        if self.agent != "paper":
+            self._at_random()  # a policy that is sure of itself leaves evaluations over
 
     def _alone(self) -> Scores | None:
-        """What the network scores with one part alone cut; None where that would cost too much of the search."""
+        """What the network scores with one part alone cut; None where that would cost too much of the search.
+
+        A policy that was taught knows enough without: what this costs, it makes better use of (docs/pruning.md).
+        """
         network = self.budget.network
         n_new = len({c for of_part in _cuts_alone(network) for c in of_part} - {network.dense})
-        if self.agent == "paper" or n_new * _SHARE_ALONE > self.max_evaluations:
+        if self.agent in ("ppo", "paper") or n_new * _SHARE_ALONE > self.max_evaluations:
             return None
         return measure_alone(network, self._score)
+
+
+def relative(
+    score: Callable[[Configuration], float], rules: Iterable[Configuration], dense: float
+) -> Callable[[Configuration], float]:
+    """By how much of the dense network's score a configuration is better than the best of the rules.
+
+    The reward of teaching: an easy network does not count for more than a hard one. A configuration without a score is
+    worth as much as one that scores 0.
+
+    Args:
+        score: Of a configuration; -inf where it has none.
+        rules: Configurations.
+        dense: Score of the dense network.
+    """
+    zero = max((found for found in map(score, rules) if np.isfinite(found)), default=0.0)
+    unit = abs(dense) or 1.0
+
+    def compared(widths: Configuration) -> float:
+        found = score(widths)
+        return ((found if np.isfinite(found) else min(0.0, zero)) - zero) / unit
+
+    return compared
+
+
+def _act_out(policy: WidthPolicy, env: PruningEnv) -> None:
+    """One episode of what the policy holds for best, before anything is drawn."""
+    observation, _ = env.reset()
+    is_over = False
+    while not is_over:
+        observation, _, is_over, _, _ = env.step(policy.act(observation))
 
 
 def _scale(scores: Iterable[float]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ Called by `prune`, for the agent in each of its stages and for every baseline.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ class Given:
         max_evaluations: Of a search.
         n_best: Candidates that are fine-tuned.
         seed: Of what is drawn.
-        weights: What "ppo" starts from, or None.
+        weights: What "ppo" starts from.
         on_news: Told how far it is, or None.
     """
 
@@ -46,7 +46,7 @@ class Given:
     max_evaluations: int
     n_best: int
     seed: int
-    weights: dict[str, Tensor] | None = None
+    weights: Mapping[str, Tensor]
     on_news: Callable[[News], None] | None = None
 
 

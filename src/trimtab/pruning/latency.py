@@ -17,8 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor, fx, nn
 
 from trimtab.cost import as_inputs, size_of
 from trimtab.errors import InputError
+from trimtab.machine import torch_threads
 from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.parts import Configuration
 from trimtab.surgery.trace import evaluating
@@ -146,7 +146,7 @@ def measure(
         batch = _on(repeated(as_inputs(inputs), batch_size), device)
         passes = [_whole_pass(model, batch, device, clock) for model in models.values()]
         tell = _part_of(progress, number * per_size, len(batch_sizes) * per_size)
-        with _threads(threads), evaluating(nn.ModuleList(models.values())), torch.no_grad():
+        with torch_threads(threads), evaluating(nn.ModuleList(models.values())), torch.no_grad():
             times = np.array(_in_turns(passes, repeats, tell))[..., 0]  # (models, repeats)
         for name, row in zip(models, times, strict=True):
             lower, median, upper = (float(q) for q in np.quantile(row, (0.25, 0.5, 0.75)))
@@ -255,7 +255,7 @@ class OperationTimer:
         whole: list[list[float]] = []
         found: list[list[list[float]]] = []
         done = 0
-        with _threads(self._threads), torch.no_grad():
+        with torch_threads(self._threads), torch.no_grad():
             for group in groups:
                 passes = [dense, *(self._marked_pass(configuration) for configuration in group)]
                 tell = _part_of(self._progress, done, total)
@@ -375,16 +375,6 @@ def _in_turns(
 
 def _part_of(progress: Progress | None, before: int, total: int) -> Callable[[int], None]:
     return lambda done: None if progress is None else progress(before + done, total)
-
-
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _device(model: nn.Module) -> torch.device:

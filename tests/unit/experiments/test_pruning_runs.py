@@ -283,6 +283,21 @@ def test_a_pruned_network_can_be_pruned_further(done, tmp_path):
     assert last["accuracy"]["test"]["before"] == last["accuracy"]["test"]["after"]  # nothing was fine-tuned
 
 
+def test_widths_are_multiples_of_what_is_asked(done, tmp_path):
+    is_coarse = {}
+    for multiple in (2, 8):
+        outcome = prune_task(
+            NAME, target="params=0.5", agent="random-search", model=done / PIECE / "dense", fine_tune_steps=0,
+            max_evaluations=8, scale="smoke", multiple=multiple, out=tmp_path / str(multiple),
+        )  # fmt: skip
+        assert outcome.exit_code == 0
+        found = cell(tmp_path / str(multiple), "random-search", target="params-0.5")
+        widths = [new for _, new in found["widths"].values()]
+        assert all(width % multiple == 0 for width in widths)
+        is_coarse[multiple] = all(width % 8 == 0 for width in widths)
+    assert is_coarse == {2: False, 8: True}
+
+
 def test_a_target_of_latency_is_measured_once(tmp_path):
     outcome = prune_task(
         NAME,
@@ -307,6 +322,7 @@ def test_a_target_of_latency_is_measured_once(tmp_path):
         (["--target", "flops=0.5", "--agent", "pppo"], "unknown agent 'pppo'; did you mean 'ppo'?"),
         (["--target", "flops=0.5", "--baselines", "unifor"], "unknown baseline 'unifor'; did you mean 'uniform'?"),
         (["--target", "flops=0.5", "--baselines", "ppo"], "baselines: 'ppo' is the agent itself; leave it out"),
+        (["--target", "flops=0.5", "--multiple", "0"], "trimtab prune: multiple: got 0, expected"),
         (["--target", "flops=0.5", "--max-evaluations", "3"], "trimtab prune: max_evaluations: got 3, expected"),
         (["--target", "flops=0.5", "--stages", "0"], "trimtab prune: stages: got ppo: 0, expected"),
         (["--target", "flops=0.5", "--scale", "big"], "unknown scale 'big'"),
@@ -367,7 +383,7 @@ def test_the_smoke_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert code == 0, err
     folder = tmp_path / "runs" / "pruning"
     results = read_json(folder / "results.json")
-    assert len(results["arms"]) == 20
+    assert len(results["arms"]) == 22
     assert all(row["seeds"] == [0, 1] for row in results["arms"])
     assert all(row["metrics"]["flops_left"]["max"] <= row["target"]["flops"] for row in results["arms"])
     assert results["dense"][0]["metrics"]["test_accuracy"]["min"] > 0.9

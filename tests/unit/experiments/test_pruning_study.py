@@ -78,7 +78,7 @@ def test_our_study_is_good_at_every_scale_and_runs_every_method():
     small = {plan.task: plan for plan in load_pruning_study("pruning").plans}
     assert [target["flops"] for target in small["cifar10-pruning"].targets] == [0.75, 0.5, 0.25, 0.1]
     assert [target["flops"] for target in small["imdb-pruning"].targets] == [0.5, 0.25]
-    assert small["cifar10-resnet18"].methods == ("ppo", "random-search", "uniform", "global")
+    assert small["cifar10-resnet18"].methods == ("ppo", "ppo-untaught", "random-search", "uniform", "global")
     assert {small[name].n_seeds for name in ("cifar10-pruning", "imdb-pruning", "cifar10-resnet18")} == {5}
     assert set(tables.MEANINGS) == set(schema.ALL_METHODS)
 

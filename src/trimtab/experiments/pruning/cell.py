@@ -20,6 +20,7 @@ from trimtab.experiments.pruning.ground import Ground, HeldOut, accuracy, costs_
 from trimtab.experiments.pruning.schema import SCRATCH, target_name
 from trimtab.progress import News
 from trimtab.pruner.loading import builder_of
+from trimtab.pruner.policies import TaughtPolicy
 from trimtab.pruner.stage import Given, Outcome, run_method
 from trimtab.pruning.allocations import uniform
 from trimtab.pruning.budget import Budget, Target
@@ -132,7 +133,7 @@ def _by_method(
     stages = job["stages"].get(method, 1)
     given = Given(
         None, (ground.val.inputs, ground.val.targets), tuner, job["max_evaluations"] // stages, job["n_best"],
-        ground.seed("pruning"), None, tell,
+        ground.seed("pruning"), TaughtPolicy.load().weights if method == "ppo" else {}, tell,
     )  # fmt: skip
     now, limit = network, budget
     outcomes: list[Outcome] = []

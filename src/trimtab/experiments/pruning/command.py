@@ -59,6 +59,7 @@ def prune_task(  # noqa: PLR0913 (each by name, and most of them left as they ar
     max_evaluations: int = 100,
     fine_tune_steps: int | None = None,
     stages: int = 1,
+    multiple: int = 8,
     model: str | Path | None = None,
     scale: str = "small",
     seed: int = 0,
@@ -77,6 +78,7 @@ def prune_task(  # noqa: PLR0913 (each by name, and most of them left as they ar
         max_evaluations: Configurations that a search scores.
         fine_tune_steps: Optimizer steps of a fine-tuning; one pass over the training samples where it is None.
         stages: In which the agent prunes and fine-tunes.
+        multiple: Widths are multiples of it.
         model: Folder of a network of this task, dense or pruned, that is pruned instead of one that is trained.
         scale: Of the task.
         seed: Root of all seeds.
@@ -116,6 +118,7 @@ def prune_task(  # noqa: PLR0913 (each by name, and most of them left as they ar
             "max_evaluations": max_evaluations,
             "fine_tune_steps": fine_tune_steps,
             "stages": {agent: stages} if stages != 1 else {},
+            "multiple": multiple,
             "n_seeds": 1,
             "seed": seed,
         },

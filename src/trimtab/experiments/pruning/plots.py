@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from trimtab.experiments.plot_style import INK, PALE, Plot, Style, panels, save, slug, styles
 from trimtab.experiments.pruning.results import PruningFolder
 from trimtab.experiments.reading import Arm
+from trimtab.pruner.search import AGENTS
 
 __all__ = ["write_all"]
 
@@ -163,7 +164,7 @@ def _widths(rows: Rows, look: Look) -> Figure:
 
 def _history(study: PruningFolder, plan: Mapping[str, Any], look: Look) -> Figure | None:
     """Best so far over the evaluations of every search; None without any."""
-    searches = [name for name in ("ppo", "paper", "random-search") if name in plan["methods"]]
+    searches = [name for name in AGENTS if name in plan["methods"]]
     curves: dict[tuple[int, str], list[list[float]]] = {}
     for place in range(len(plan["targets"])):
         for method in searches:

@@ -18,7 +18,9 @@ __all__ = ["accuracy_table", "cost_table", "dense_table", "goal_table", "method_
 Row = Mapping[str, Any]
 
 MEANINGS = {
-    "ppo": "PPO chooses a width for each layer in turn; seeded with uniform and global, the best seen counts",
+    "ppo": "PPO chooses a width for each layer in turn, taught before on many small networks of generated data; seeded "
+    "with uniform and global, the best seen counts",
+    "ppo-untaught": "the same, which has seen no network before this one",
     "paper": "PPO with the settings of the write-up: a short retraining and a reward after each action",
     "random-search": "widths at random within the budget, as many evaluations, the same seeding",
     "uniform": "the same share of every layer's units",
