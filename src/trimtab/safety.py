@@ -119,6 +119,7 @@ GOOD = Verdict("ok")
 # One loss is allowed this many standard deviations of its log. With batches of one row (squared error) the first
 # loss lies so far below the rest that without it 9 runs in 10 were rolled back for nothing, with it 1 in 10.
 NOISE_MARGIN = 1.5
+_LOST = 0.5  # of the initial loss: half of what was learned, or more, is lost
 
 
 def log_noise(losses: Sequence[float]) -> float:
@@ -137,6 +138,12 @@ class Guard:
     An interval is bad when its loss or a weight is not finite, or the watched loss is above `above_initial` x the
     initial one, or above `above_best` x the best and 1.5 x the initial one. The watched loss is the validation loss
     where it was measured in this interval and before; else, and beside a first one, the train loss.
+
+    An interval is bad as well when what was learned is lost: validation loss and train loss are both above `above_best`
+    x their best and half of their initial one. A classifier whose units have died ends there, at the loss of guessing,
+    which is about what it began with and never 1.5 times as much. One of the two alone says less: rows learned by heart
+    make the validation loss rise, and train losses that rise may be what is wanted (of adversaries, of harder data).
+    Where the interval before ended there already, there is nothing better to go back to.
 
     Args:
         cut: Factor by which the rate is divided at a roll-back.
@@ -190,19 +197,28 @@ class Guard:
         if not math.isfinite(train):
             return "the train loss is not finite"
         val, first_val = _number(interval.val_loss), _number(summary.initial_val_loss)
+        late = _number(interval.second_half_loss)
+        now = train if math.isnan(late) else late
+        first, lowest = _number(state.initial_loss), _number(summary.best_train_loss)
+        is_validated = math.isfinite(first_val) and not math.isnan(val)
         fault = ""
-        if math.isfinite(first_val) and not math.isnan(val):
+        if is_validated:
             fault = self._excess("validation loss", val, first_val, _number(summary.best_val_loss))
-        if not fault and (math.isnan(val) or not math.isfinite(first_val) or val == first_val):
+        if not fault and (not is_validated or val == first_val):
             # No validation in this interval, or the very first, which is no measure of what was there before.
-            late = _number(interval.second_half_loss)
-            now = train if math.isnan(late) else late
-            first, lowest = _number(state.initial_loss), _number(summary.best_train_loss)
             fault = self._excess("train loss", now, first, lowest)
             if fault:
-                margin = math.exp(min(NOISE_MARGIN * log_noise(losses), 50.0))
-                fault = self._excess("train loss", now, first, lowest, margin)
+                fault = self._excess("train loss", now, first, lowest, _margin(losses))
+        best_val = _number(summary.best_val_loss)
+        both = is_validated and self._is_lost(val, first_val, best_val) and self._is_lost(now, first, lowest)
+        was = _number(summary.previous.val_loss)
+        is_new = not self._is_lost(was, first_val, best_val)  # else there is nothing better to go back to
+        if not fault and both and is_new and self._is_lost(now, first, lowest, _margin(losses)):
+            return f"what was learned is lost: the validation loss was {best_val:.4g} and is {val:.4g} again"
         return fault
+
+    def _is_lost(self, now: float, first: float, lowest: float, margin: float = 1.0) -> bool:
+        return first > 0 and lowest >= 0 and now > margin * max(self.above_best * lowest, _LOST * first)
 
     def _excess(self, name: str, now: float, first: float, lowest: float, margin: float = 1.0) -> str:
         # Losses may be negative (a likelihood): multiples mean nothing there, only finiteness does.
@@ -222,6 +238,10 @@ class Guard:
         """Inverse of `state_dict`."""
         self.in_a_row = state["in_a_row"]
         self.total = state["total"]
+
+
+def _margin(losses: Sequence[float]) -> float:
+    return math.exp(min(NOISE_MARGIN * log_noise(losses), 50.0))
 
 
 class Snapshot:

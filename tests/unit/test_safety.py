@@ -100,6 +100,16 @@ def val(loss: float, train_loss: float = 1.0) -> Interval:
         ([val(3.0), val(2.0, train_loss=50.0)], ""),  # where both are known, validation counts
         ([val(3.0), train(50.0)], "the train loss 50 is above 2 x its initial 2"),  # none in this interval
         ([val(1e9, train_loss=1e9)], "the train loss 1e+09 is above 2 x its initial 2"),  # the very first one
+        # What was learned is lost: both are above 3 x their best and half of what they were at first.
+        (
+            [val(3.0), val(0.4, 0.3), val(1.51, 1.01)],
+            "what was learned is lost: the validation loss was 0.4 and is 1.51 again",
+        ),
+        ([val(3.0), val(0.4, 0.3), val(1.51, 0.99)], ""),  # the rows are still known by heart
+        ([val(3.0), val(0.4, 0.3), val(1.49, 1.01)], ""),
+        ([val(3.0), val(0.6, 0.3), val(1.79, 1.01)], ""),
+        ([val(3.0), val(0.4, 0.4), val(1.51, 1.19)], ""),
+        ([val(3.0), val(0.4, 0.3), train(1.9)], ""),  # the train loss alone says less
         ([val(math.inf), val(math.inf)], ""),  # a validation that never was a number says nothing
     ],
 )
@@ -122,6 +132,9 @@ def test_noise_widens_the_limits_of_the_train_loss_alone() -> None:
     assert judged(train(4.0 * factor * 0.99), noise=0.5) == ""
     assert "is above 4.23 x its initial 2" in judged(train(4.0 * factor * 1.01), noise=0.5)
     assert judged(val(3.0), val(6.1), noise=0.5) == "the validation loss 6.1 is above 2 x its initial 3"
+    lost = (val(3.0), val(0.4, 0.2), val(1.6, 1.5))
+    assert judged(*lost, noise=0.2) == "what was learned is lost: the validation loss was 0.4 and is 1.6 again"
+    assert judged(*lost, noise=0.5) == ""
     assert judged(train(math.nan), noise=100.0) == "the train loss is not finite"
 
 

@@ -509,12 +509,16 @@ def _either(where: npt.NDArray[np.bool_], one: Summary, other: Summary) -> Summa
 
 
 def _might_be_bad(state: RunState, finite: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Every run that a guard could find fault with, and some more: it needs a loss 1.5 times the first, or none."""
+    """Every run that a guard could find fault with, and some more.
+
+    It needs a loss 1.5 times the first, or none, or a train loss three times the best and half of the first.
+    """
     now, first = state.current, state.summary
     late = np.where(np.isnan(now.second_half_loss), now.train_loss, now.second_half_loss)
     with np.errstate(all="ignore"):
         good = finite & np.isfinite(now.train_loss) & ~(late > 1.5 * np.asarray(state.initial_loss))
-        return ~(good & ~(np.asarray(now.val_loss) > 1.5 * np.asarray(first.initial_val_loss)))
+        lost = (late > 0.5 * np.asarray(state.initial_loss)) & (late > 3.0 * np.asarray(first.best_train_loss))
+        return ~(good & ~lost & ~(np.asarray(now.val_loss) > 1.5 * np.asarray(first.initial_val_loss)))
 
 
 def _single(state: RunState, run: int) -> RunState:
