@@ -6,6 +6,8 @@ killed and resumed writes the same files as one that was not, but for times.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import time
@@ -35,7 +37,7 @@ from trimtab.experiments.jobs import (
 from trimtab.safety import Safety
 from trimtab.seeding import derive_seed
 from trimtab.spec import ControlSpec, make_agent
-from trimtab.storage import RunDirectory, append_lines, read_lines
+from trimtab.storage import RunDirectory, append_lines, load_state, read_lines, save_state
 from trimtab.tasks.base import Data, Task
 from trimtab.training.loop import TrainingLoop
 
@@ -43,6 +45,7 @@ __all__ = ["check_job", "run_one"]
 
 # Losing more than this to a kill would be noticed; a checkpoint of the small GPT takes about 50 ms.
 CHECKPOINT_EVERY_S = 15.0
+LEARNED = "learned"  # folder, below the study's, of what arms learned before their runs
 # Rules about who gets the guard: a placebo must equal its base to the bit, and a baseline is what everybody uses.
 _GUARDED = ("learned", "rule", "yoked")
 
@@ -110,8 +113,6 @@ def run_one(job: Job, out: str, data_dir: str | None, progress: Progress) -> dic
 
 
 def _read_result(folder: RunDirectory) -> dict[str, Any]:
-    import json
-
     data: dict[str, Any] = json.loads(folder.result.read_text(encoding="utf-8"))
     return data
 
@@ -120,7 +121,9 @@ def _make_agent(job: Job, task: Task) -> Agent:
     options = dict(job["options"])
     if job["agent"] in ("cosine", "default-cosine"):
         options = cosine_of(task, options)
-    seed = derive_seed(job["root_seed"], "exploration", job["task"], job["seed"])
+    seed = _exploration_seed(job)
+    if _is_shared(job):  # what it learns must not depend on the task that it is used on
+        seed = derive_seed(job["root_seed"], "learning", job["seed"])
     if job["brain"] is not None:
         agent = Brain.load(job["brain"]).agent
         if agent.name != job["agent"]:
@@ -128,6 +131,34 @@ def _make_agent(job: Job, task: Task) -> Agent:
         agent.reseed(seed)
         return agent
     return make_agent(job["agent"], options, seed=seed, n_knobs=len(job["knobs"]))
+
+
+def _exploration_seed(job: Job) -> int:
+    return derive_seed(job["root_seed"], "exploration", job["task"], job["seed"])
+
+
+def _is_shared(job: Job) -> bool:
+    """Whether an arm learns before its run what does not depend on that run's task."""
+    has_own = bool(job.get("learn_tasks")) and job["learn_runs"] > 0
+    return has_own and job.get("experience") is None and not job["placebo"]
+
+
+def _learned_file(job: Job, out: Path) -> Path | None:
+    """Where what such an arm learned is kept, for its runs on other tasks; None where it depends on the task."""
+    if not _is_shared(job):
+        return None
+    same = {key: value for key, value in job.items() if key not in ("task", "role", "directory")}
+    digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:12]
+    return out / LEARNED / f"{job['arm']}-seed-{job['seed']}-{digest}.safetensors"
+
+
+def _read_learned(kept: Path) -> dict[str, Any] | None:
+    """What was kept; None where nothing was, or what is there is torn and is learned anew."""
+    try:
+        saved: dict[str, Any] = load_state(kept)
+    except InputError:
+        return None
+    return saved
 
 
 def _make_spec(job: Job, task: Task, agent: Agent) -> ControlSpec:
@@ -193,7 +224,7 @@ class _Run:
         self.learning = {"transitions": 0, "runs": 0, "optimizer_steps": 0, "flops": 0}
         if saved is None and not job["placebo"]:
             self._learn_from_earlier(agent, spec, out)
-            self._learn_before(agent, data_dir)
+            self._learn_before(agent, data_dir, out)
         self.loop, self.controller = self._make(self.task, agent, spec, data, job["seed"])
         self.times = _Times()
         self.validation: dict[str, float] = {}
@@ -244,9 +275,26 @@ class _Run:
             transitions.terminated,
         )
 
-    def _learn_before(self, agent: Agent, data_dir: str | None) -> None:
-        """What the agent learns from before the run that counts: whole runs under seeds that nothing reports."""
+    def _learn_before(self, agent: Agent, data_dir: str | None, out: Path) -> None:
+        """What the agent learns from before the run that counts: whole runs under seeds that nothing reports.
+
+        On tasks of its own (`learn_tasks`) it learns the same whatever task it is used on afterwards, and so once for
+        all of them: the first run keeps what it learned. Two that begin at once learn the same, and write the same.
+        """
         names = self.job.get("learn_tasks") or [self.job["task"]]
+        kept = _learned_file(self.job, out)
+        saved = None if kept is None else _read_learned(kept)
+        if saved is not None:
+            agent.load_state_dict(saved["agent"])
+            self.learning = saved["learning"]
+        else:
+            self._learn_on(names, agent, data_dir)
+            if kept is not None:
+                save_state(kept, {"agent": agent.state_dict(), "learning": self.learning})
+        if kept is not None:
+            agent.reseed(_exploration_seed(self.job))
+
+    def _learn_on(self, names: list[str], agent: Agent, data_dir: str | None) -> None:
         for number in range(self.job["learn_runs"]):
             job = {**self.job, "task": names[number % len(names)]}
             task = make_task(job)

@@ -135,6 +135,37 @@ def test_runs_before_the_one_that_counts_may_train_other_tasks(tmp_path: Path, m
     assert result["learning"]["optimizer_steps"] == 60
 
 
+def test_what_is_learned_on_other_tasks_is_learned_once_and_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    original = jobs.load_data
+
+    def load_data(task: str, scale: str, data_dir: str | None) -> Any:
+        trained.append(task)
+        return original(task, scale, data_dir)
+
+    monkeypatch.setattr(single, "load_data", load_data)
+    learning = {"learn_runs": 2, "learn_tasks": ["digits-cnn"], "total_steps": 20}
+    first = run(tmp_path / "a", **learning)
+    second = run(tmp_path / "a", task="digits-tuning", directory="runs/second", **learning)
+    assert trained == ["digits-mlp", "digits-cnn", "digits-cnn", "digits-tuning"]
+    assert second["learning"] == first["learning"]
+    (kept,) = (tmp_path / "a" / single.LEARNED).iterdir()
+    (tmp_path / "b" / single.LEARNED).mkdir(parents=True)
+    (tmp_path / "b" / single.LEARNED / kept.name).write_bytes(kept.read_bytes()[:-100])  # torn: learned anew
+    alone = run(tmp_path / "b", task="digits-tuning", directory="runs/second", **learning)
+    assert alone["metrics"] == second["metrics"]
+    series = [(tmp_path / name / "runs/second/decisions.jsonl").read_text() for name in "ab"]
+    assert series[0] == series[1]
+    assert len(list((tmp_path / "a" / single.LEARNED).iterdir())) == 1
+    run(tmp_path / "a", seed=1, directory="runs/third", **learning)
+    run(tmp_path / "a", directory="runs/fourth", **{**learning, "learn_runs": 1})
+    assert len(list((tmp_path / "a" / single.LEARNED).iterdir())) == 3
+    run(tmp_path / "a", directory="runs/fifth", learn_runs=1, total_steps=20)  # on its own task: every run by itself
+    assert len(list((tmp_path / "a" / single.LEARNED).iterdir())) == 3
+
+
 def test_arms_name_their_experience_and_tasks(tmp_path: Path) -> None:
     def load(arm: str) -> Any:
         path = tmp_path / "study.yaml"
