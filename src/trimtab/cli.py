@@ -185,6 +185,9 @@ def prune_command(  # noqa: PLR0913 (one argument for each option of the command
     ] = None,
     stages: Annotated[int, typer.Option(help="Stages of pruning and fine-tuning.")] = 1,
     multiple: Annotated[int, typer.Option(help="Widths are multiples of it.")] = 8,
+    brain: Annotated[
+        str, typer.Option(help="What ppo starts from: the brain we ship, or the folder of another.")
+    ] = "pruning",
     model: Annotated[
         Path | None, typer.Option(help="Folder of a saved network of the task, instead of training one.")
     ] = None,
@@ -198,11 +201,19 @@ def prune_command(  # noqa: PLR0913 (one argument for each option of the command
 ) -> None:
     """Train a task's network, prune it to a target, fine-tune it, and report."""
     options: dict[str, Any] = {
-        "max_evaluations": max_evaluations, "stages": stages, "multiple": multiple, "seed": seed,
+        "max_evaluations": max_evaluations, "stages": stages, "multiple": multiple, "brain": brain, "seed": seed,
         "fine_tune_steps": fine_tune_steps, "model": model, "scale": scale, "out": out,
     }  # fmt: skip
     words = {"target": target, "agent": agent, "baselines": baselines, **options, "data-dir": data_dir}
-    usual = {"agent": "ppo", "max_evaluations": 100, "stages": 1, "multiple": 8, "seed": 0, "scale": "small"}
+    usual = {
+        "agent": "ppo",
+        "max_evaluations": 100,
+        "stages": 1,
+        "multiple": 8,
+        "brain": "pruning",
+        "seed": 0,
+        "scale": "small",
+    }
     given = {name: None if value == usual.get(name) else value for name, value in words.items()}
 
     def action() -> int:

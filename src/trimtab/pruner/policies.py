@@ -6,7 +6,7 @@ is fixed by the features and actions of `trimtab/Pruning-v0`, which stand in the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimtab import brain_files, brains
 from trimtab.envs.pruning import FEATURES, N_LEVELS
-from trimtab.errors import BrainError
+from trimtab.errors import BrainError, InputError
 
 __all__ = ["KIND", "SHIPPED", "TaughtPolicy"]
 
@@ -35,6 +35,22 @@ class TaughtPolicy:
 
     weights: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def for_methods(cls, methods: Collection[str], source: str | Path = SHIPPED) -> TaughtPolicy | None:
+        """The policy where "ppo" is among the methods; None where it is not.
+
+        Raises:
+            BrainError: It cannot be loaded.
+            InputError: Another one than ours was given, and nothing starts from it.
+        """
+        if "ppo" in methods:
+            return cls.load(source)
+        if source != SHIPPED:
+            raise InputError(
+                f"brain {str(source)!r} is what 'ppo' starts from, and {', '.join(methods)} is not; leave it out"
+            )
+        return None
 
     @classmethod
     def load(cls, source: str | Path = SHIPPED) -> TaughtPolicy:

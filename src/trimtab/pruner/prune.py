@@ -116,7 +116,8 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         raise InputError(f"checkpoint is {checkpoint!r}; expected a folder's path, or None")
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, BACKENDS)
-    taught = TaughtPolicy.load(brain).weights if "ppo" in methods else {}
+    policy = TaughtPolicy.for_methods(methods, brain)
+    taught = {} if policy is None else policy.weights
     options: dict[str, Any] = {
         "multiple": multiple, "importance": importance, "ignore": sorted(ignored), "seed": seed,
     }  # fmt: skip

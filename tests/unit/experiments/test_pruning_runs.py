@@ -20,6 +20,7 @@ from trimtab.experiments.pruning.job import cells_of, run_one
 from trimtab.experiments.pruning.results import TIMED
 from trimtab.experiments.pruning.schema import jobs_of, load_pruning_study
 from trimtab.pruner.loading import builder_of, load_pruned
+from trimtab.pruner.policies import TaughtPolicy
 from trimtab.pruning.saving import save_pruned
 from trimtab.storage import read_json, read_lines, write_json
 
@@ -298,6 +299,22 @@ def test_widths_are_multiples_of_what_is_asked(done, tmp_path):
     assert is_coarse == {2: False, 8: True}
 
 
+def test_the_search_starts_from_the_brain_that_is_given(done, tmp_path, monkeypatch):
+    given = TaughtPolicy.load().save(tmp_path / "brain")
+    real, asked = TaughtPolicy.load, []
+
+    def load(source="pruning"):
+        asked.append(str(source))
+        return real(source)
+
+    monkeypatch.setattr(TaughtPolicy, "load", load)
+    options = {"target": "params=0.5", "model": done / PIECE / "dense", "fine_tune_steps": 0, "max_evaluations": 8}
+    outcome = prune_task(NAME, **options, scale="smoke", brain=given, out=tmp_path / "out")
+    assert outcome.exit_code == 0
+    assert set(asked) == {str(given)}
+    assert len(asked) == 2  # checked before anything begins, and used
+
+
 def test_a_target_of_latency_is_measured_once(tmp_path):
     outcome = prune_task(
         NAME,
@@ -322,6 +339,11 @@ def test_a_target_of_latency_is_measured_once(tmp_path):
         (["--target", "flops=0.5", "--agent", "pppo"], "unknown agent 'pppo'; did you mean 'ppo'?"),
         (["--target", "flops=0.5", "--baselines", "unifor"], "unknown baseline 'unifor'; did you mean 'uniform'?"),
         (["--target", "flops=0.5", "--baselines", "ppo"], "baselines: 'ppo' is the agent itself; leave it out"),
+        (["--target", "flops=0.5", "--brain", "nowhere"], "no brain in nowhere: brain.json is missing"),
+        (
+            ["--target", "flops=0.5", "--agent", "uniform", "--brain", "b"],
+            "brain 'b' is what 'ppo' starts from, and uniform",
+        ),
         (["--target", "flops=0.5", "--multiple", "0"], "trimtab prune: multiple: got 0, expected"),
         (["--target", "flops=0.5", "--max-evaluations", "3"], "trimtab prune: max_evaluations: got 3, expected"),
         (["--target", "flops=0.5", "--stages", "0"], "trimtab prune: stages: got ppo: 0, expected"),

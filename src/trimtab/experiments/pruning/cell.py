@@ -133,7 +133,7 @@ def _by_method(
     stages = job["stages"].get(method, 1)
     given = Given(
         None, (ground.val.inputs, ground.val.targets), tuner, job["max_evaluations"] // stages, job["n_best"],
-        ground.seed("pruning"), TaughtPolicy.load().weights if method == "ppo" else {}, tell,
+        ground.seed("pruning"), TaughtPolicy.load(job["brain"]).weights if method == "ppo" else {}, tell,
     )  # fmt: skip
     now, limit = network, budget
     outcomes: list[Outcome] = []

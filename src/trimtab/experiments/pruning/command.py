@@ -20,6 +20,7 @@ from trimtab.experiments.run import Outcome
 from trimtab.experiments.schema import SCALES
 from trimtab.progress import Display
 from trimtab.pruner.methods import METHODS
+from trimtab.pruner.policies import SHIPPED
 from trimtab.pruning.budget import Target
 from trimtab.tasks.base import Task
 
@@ -60,6 +61,7 @@ def prune_task(  # noqa: PLR0913 (each by name, and most of them left as they ar
     fine_tune_steps: int | None = None,
     stages: int = 1,
     multiple: int = 8,
+    brain: str | Path = SHIPPED,
     model: str | Path | None = None,
     scale: str = "small",
     seed: int = 0,
@@ -79,6 +81,7 @@ def prune_task(  # noqa: PLR0913 (each by name, and most of them left as they ar
         fine_tune_steps: Optimizer steps of a fine-tuning; one pass over the training samples where it is None.
         stages: In which the agent prunes and fine-tunes.
         multiple: Widths are multiples of it.
+        brain: What "ppo" starts from: "pruning", which we ship, or a folder that `trimtab learn pruning` made.
         model: Folder of a network of this task, dense or pruned, that is pruned instead of one that is trained.
         scale: Of the task.
         seed: Root of all seeds.
@@ -119,6 +122,7 @@ def prune_task(  # noqa: PLR0913 (each by name, and most of them left as they ar
             "fine_tune_steps": fine_tune_steps,
             "stages": {agent: stages} if stages != 1 else {},
             "multiple": multiple,
+            "brain": str(brain),
             "n_seeds": 1,
             "seed": seed,
         },

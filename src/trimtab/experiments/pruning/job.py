@@ -25,6 +25,7 @@ from trimtab.experiments.pruning.dense import dense_network, load_dense
 from trimtab.experiments.pruning.ground import Ground
 from trimtab.experiments.pruning.schema import SCRATCH, target_name
 from trimtab.progress import News
+from trimtab.pruner.policies import TaughtPolicy
 from trimtab.pruning.allocations import every
 from trimtab.pruning.budget import Budget, Target
 from trimtab.storage import read_json, write_json
@@ -51,6 +52,7 @@ def check_job(job: Mapping[str, Any], data_dir: str | None) -> None:
         ground = Ground.of(job, registry.load("task", job["task"])(job["scale"]), Path(), data_dir)
         model = ground.new_network() if job["model"] is None else load_dense(ground, job["model"])
         network = ground.describe(model.to(ground.device))
+        TaughtPolicy.for_methods(job["methods"], job["brain"])
         for target in job["targets"]:
             if Target.parse(target).kind == "latency":
                 continue  # what is in reach is measured on the trained network

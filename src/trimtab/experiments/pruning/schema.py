@@ -18,6 +18,7 @@ from trimtab.errors import InputError, unknown_name
 from trimtab.experiments.design import at_least, check_list, find_study
 from trimtab.experiments.schema import parse_scales
 from trimtab.pruner.methods import LEARNED, METHODS
+from trimtab.pruner.policies import SHIPPED
 from trimtab.pruning.budget import Target
 from trimtab.yaml_files import Count, Natural, Positive, Strict, Text, read_yaml, whole
 
@@ -117,6 +118,7 @@ class PruningFile(Strict):
         fine_tune_steps: Optimizer steps of a fine-tuning, the same for every method.
         fine_tune_rate: Learning rate of a fine-tuning as a share of the task's.
         multiple: Widths are multiples of it.
+        brain: What "ppo" starts from: "pruning", which we ship, or a folder that `trimtab learn pruning` made.
         stages: Method -> number of stages in which it prunes and fine-tunes; 1 where it is not given.
         latency_batch_sizes: Samples of the forward passes that are timed.
         latency_repeats: Times that each median is of.
@@ -140,6 +142,7 @@ class PruningFile(Strict):
     # tenth (one seed).
     fine_tune_rate: Positive = 0.5
     multiple: Count = 8
+    brain: Text = SHIPPED
     stages: Annotated[dict[str, int], BeforeValidator(_stages)] = Field(default_factory=dict)
     latency_batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1), BeforeValidator(_distinct)] = (1, 64)
     latency_repeats: Count = 30
@@ -173,7 +176,7 @@ class PruningStudy:
         scale: Of the tasks.
         root_seed: Root of all seeds.
         plans: One for each task.
-        settings: The same for all tasks: fine_tune_rate, multiple, stages, latency_batch_sizes, latency_repeats,
+        settings: The same for all tasks: fine_tune_rate, multiple, brain, stages, latency_batch_sizes, latency_repeats,
             device, threads.
         model: Folder of a network that is pruned instead of one that is trained, or None.
         save: Method -> folder, relative to the study's, in which its network is kept.
@@ -290,7 +293,16 @@ def resolve(file: PruningFile, where: str, scale: str, methods: Sequence[str] | 
                     f"max_evaluations of at least {least}"
                 )
         plans.append(plan)
-    keys = ("fine_tune_rate", "multiple", "stages", "latency_batch_sizes", "latency_repeats", "device", "threads")
+    keys = (
+        "fine_tune_rate",
+        "multiple",
+        "brain",
+        "stages",
+        "latency_batch_sizes",
+        "latency_repeats",
+        "device",
+        "threads",
+    )
     settings = {key: getattr(file, key) for key in keys}
     settings["latency_batch_sizes"] = list(settings["latency_batch_sizes"])
     return PruningStudy(file.study, file.idea, scale, file.seed, tuple(plans), settings)
