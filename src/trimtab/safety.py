@@ -1,8 +1,8 @@
 """Gate: may the agent act now, and how far. Guard: has the run gone wrong. Snapshot: what to roll back to.
 
 Called by the controller. The guard knows no knob: it gives a verdict, and the controller rolls back and cuts the
-rate. Its thresholds are those of FINDINGS section 5, where it never fired for ordinary rates and halved the final
-loss of runs that were started above a rate of 0.1.
+rate. Its thresholds, but for what is lost late in a run, are those of FINDINGS section 5, where it never fired for
+ordinary rates and halved the final loss of runs that were started above a rate of 0.1.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ class Guard:
     x their best and half of their initial one. A classifier whose units have died ends there, at the loss of guessing,
     which is about what it began with and never 1.5 times as much. One of the two alone says less: rows learned by heart
     make the validation loss rise, and train losses that rise may be what is wanted (of adversaries, of harder data).
-    Where the interval before ended there already, there is nothing better to go back to.
+    This needs a validation in the interval before, and one that was not lost: else nothing better is known to go back
+    to. Nor is it done twice in a row: what was gone back to may have been ruined after it was validated.
 
     Args:
         cut: Factor by which the rate is divided at a roll-back.
@@ -169,6 +170,7 @@ class Guard:
         self.above_best = above_best
         self.in_a_row = 0
         self.total = 0
+        self.has_gone_back = False
 
     def judge(self, state: RunState, *, weights_are_finite: bool, losses: Sequence[float] = ()) -> Verdict:
         """Judge the interval that just ended; a bad one is counted.
@@ -211,11 +213,14 @@ class Guard:
                 fault = self._excess("train loss", now, first, lowest, _margin(losses))
         best_val = _number(summary.best_val_loss)
         both = is_validated and self._is_lost(val, first_val, best_val) and self._is_lost(now, first, lowest)
+        if not both or not self._is_lost(now, first, lowest, _margin(losses)):
+            self.has_gone_back = False
+            return fault
         was = _number(summary.previous.val_loss)
-        is_new = not self._is_lost(was, first_val, best_val)  # else there is nothing better to go back to
-        if not fault and both and is_new and self._is_lost(now, first, lowest, _margin(losses)):
-            return f"what was learned is lost: the validation loss was {best_val:.4g} and is {val:.4g} again"
-        return fault
+        if fault or self.has_gone_back or math.isnan(was) or self._is_lost(was, first_val, best_val):
+            return fault
+        self.has_gone_back = True
+        return f"what was learned is lost: the validation loss was {best_val:.4g} and is {val:.4g} again"
 
     def _is_lost(self, now: float, first: float, lowest: float, margin: float = 1.0) -> bool:
         return first > 0 and lowest >= 0 and now > margin * max(self.above_best * lowest, _LOST * first)
@@ -232,12 +237,18 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Its counts."""
-        return {"in_a_row": self.in_a_row, "total": self.total}
+        return {"in_a_row": self.in_a_row, "total": self.total, "has_gone_back": self.has_gone_back}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.in_a_row = state["in_a_row"]
         self.total = state["total"]
+        self.has_gone_back = state.get("has_gone_back", False)  # not in checkpoints of before there was such a rule
+
+    def count_good(self) -> None:
+        """An interval that needed no judging, since nothing can be wrong with it."""
+        self.in_a_row = 0
+        self.has_gone_back = False
 
 
 def _margin(losses: Sequence[float]) -> float:

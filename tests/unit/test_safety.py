@@ -110,6 +110,8 @@ def val(loss: float, train_loss: float = 1.0) -> Interval:
         ([val(3.0), val(0.6, 0.3), val(1.79, 1.01)], ""),
         ([val(3.0), val(0.4, 0.4), val(1.51, 1.19)], ""),
         ([val(3.0), val(0.4, 0.3), train(1.9)], ""),  # the train loss alone says less
+        ([val(3.0), val(0.4, 0.3), train(0.3), val(1.6, 1.9)], ""),  # what the interval before ended at is not known
+        ([val(3.0), val(0.4, 0.3), val(1.6, 0.3), val(1.6, 1.9)], ""),  # it had ended there, too
         ([val(math.inf), val(math.inf)], ""),  # a validation that never was a number says nothing
     ],
 )
@@ -161,7 +163,26 @@ def test_the_guard_gives_up_after_so_many_in_a_row() -> None:
     assert (guard.in_a_row, guard.total) == (3, 5)
     other = Guard(max_rollbacks=2)
     other.load_state_dict(guard.state_dict())
-    assert other.state_dict() == {"in_a_row": 3, "total": 5}
+    assert other.state_dict() == {"in_a_row": 3, "total": 5, "has_gone_back": False}
+
+
+def test_what_was_lost_is_gone_back_to_once() -> None:
+    """What a roll-back gives back may have been ruined after its validation; then training on is better."""
+    state = RunState(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    state.initial_loss = 2.0
+    guard, kinds = Guard(), []
+    for interval in (val(3.0), val(0.4, 0.3), val(1.6, 1.9), val(1.7, 1.9), val(0.3, 0.2), val(1.6, 1.9)):
+        before = state.summary
+        state.record(interval)
+        kinds.append(guard.judge(state, weights_are_finite=True).kind)
+        if kinds[-1] == "roll_back":
+            state.summary = before
+    assert kinds == ["ok", "ok", "roll_back", "ok", "ok", "roll_back"]
+    other = Guard()
+    other.load_state_dict(guard.state_dict())
+    assert other.has_gone_back
+    other.load_state_dict({"in_a_row": 0, "total": 1})  # of a checkpoint of before
+    assert not other.has_gone_back
 
 
 # ---- snapshot -------------------------------------------------------------------------------------------------------

@@ -459,7 +459,7 @@ class _Runs:
         asleep = set(np.flatnonzero(self._is_asleep).tolist())
         suspects = set(np.flatnonzero(_might_be_bad(self.state, finite) & ~self._is_lost).tolist()) - asleep
         for run in self._suspects - suspects - asleep:
-            self._guards[run].in_a_row = 0  # a good interval
+            self._guards[run].count_good()
         self._suspects = suspects | (self._suspects & asleep)
         for run in sorted(suspects):
             batch, column = self._homes[run]
