@@ -128,8 +128,9 @@ def read_description(
 
 def kind_of(folder: Path) -> str:
     """What stands under "format" in a folder's description; empty where it cannot be read."""
+    path = folder / "brain.json"
     try:
-        data = json.loads((folder / "brain.json").read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _MAX_JSON_BYTES else None
     except (OSError, ValueError, RecursionError):
         return ""
     return str(data.get("format")) if isinstance(data, dict) else ""
@@ -144,26 +145,31 @@ def read_weights(folder: Path, data: Mapping[str, Any]) -> dict[str, torch.Tenso
     path = folder / "weights.safetensors"
     expected = 0
     for key, entry in data["tensors"].items():
-        shape, dtype = entry["shape"], _DTYPES.get(entry["dtype"])
-        if dtype is None or not all(isinstance(n, int) and 0 <= n < 1 << 31 for n in shape):
+        found = entry if isinstance(entry, dict) else {}
+        shape, dtype = found.get("shape"), _DTYPES.get(str(found.get("dtype")))
+        if (
+            dtype is None
+            or not isinstance(shape, list)
+            or not all(isinstance(n, int) and 0 <= n < 1 << 31 for n in shape)
+        ):
             raise BrainError(
-                f"tensor {key!r} has dtype {entry['dtype']!r} and shape {shape}; expected one of {sorted(_DTYPES)}"
+                f"tensor {key!r} has dtype {found.get('dtype')!r} and shape {shape}; expected one of {sorted(_DTYPES)}"
             )
         expected += math.prod(shape) * dtype.itemsize
     size = path.stat().st_size if path.exists() else -1
     if not expected <= size <= expected + _MAX_HEADER_BYTES:
-        raise BrainError(f"{path.name} has {size} bytes where its tensors take {expected}; it is torn, copy it anew")
+        raise BrainError(f"{path} has {size} bytes where its tensors take {expected}; it is torn, copy it anew")
     raw = path.read_bytes()
     if hashlib.sha256(raw).hexdigest() != data["sha256"]:
-        raise BrainError(f"{path.name} is not what was saved (checksum); copy it anew")
+        raise BrainError(f"{path} is not what was saved (checksum); copy it anew")
     try:
         tensors: dict[str, torch.Tensor] = load_tensors(raw)
     except SafetensorError as error:
-        raise BrainError(f"{path.name}: {error}") from error
-    found = {
+        raise BrainError(f"{path}: {error}") from error
+    held = {
         key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         for key, value in tensors.items()
     }
-    if found != data["tensors"]:
-        raise BrainError(f"{path.name} holds {found}, the description says {data['tensors']}")
+    if held != data["tensors"]:
+        raise BrainError(f"{path} holds {held}, the description says {data['tensors']}")
     return tensors

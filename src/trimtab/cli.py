@@ -284,8 +284,12 @@ def learn_command(
         if recipe == _PRUNING:
             return _learn_pruning(out, seed, {"resume": resume or None, "workers": workers, **changes})
         from trimtab.learning.learn import learn
+        from trimtab.learning.recipe import recipe_names
         from trimtab.progress import make_display
 
+        known = [*recipe_names(), _PRUNING]
+        if recipe not in known and not recipe.endswith((".yaml", ".yml")) and not Path(recipe).exists():
+            raise unknown_name("recipe", recipe, known)
         display = make_display(Console(stderr=True))
         learned = learn(recipe, out, seed=seed, workers=workers, resume=resume, display=display, **changes)
         screen = Console(highlight=False)

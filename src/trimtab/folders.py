@@ -28,12 +28,14 @@ class WorkFolder:
         plan: Name of the file in it that is written first.
         what: What fills it, such as "study".
         doing: The same as something that goes on, such as "running a study".
+        is_resumable: Whether --resume goes on from what is there.
     """
 
     path: Path
     plan: str
     what: str
     doing: str
+    is_resumable: bool = True
 
     def is_begun(self, resume: bool) -> bool:
         """Whether the work was begun before.
@@ -54,7 +56,8 @@ class WorkFolder:
         if not content:
             return False
         if not resume:
-            raise OutputError(f"{out} is not empty; go on from what is there with --resume, or give another --out")
+            go_on = "go on from what is there with --resume, or " if self.is_resumable else ""
+            raise OutputError(f"{out} is not empty; {go_on}give another --out")
         if not (out / self.plan).is_file():
             raise OutputError(
                 f"{out} holds files but no {self.plan}, so it is no {self.what}'s folder; give another --out"

@@ -1,6 +1,7 @@
 """On what something runs: versions, device, threads, and how many processes this machine has room for.
 
-Called by the experiments for study.json, and by the learning of brains. Asking for versions imports nothing.
+Called by the experiments for study.json, by the learning of brains, and by what lends torch a number of threads. Asking
+for versions imports nothing.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from torch import nn
 
 import trimtab
 from trimtab import brains
-from trimtab.agents.widths import PRESETS, WidthOptions, WidthPolicy
+from trimtab.agents.widths import PRESETS, WidthOptions, WidthPolicy, shapes_of
 from trimtab.brain import Brain
 from trimtab.cli import main
-from trimtab.envs.pruning import FEATURES, Problem, PruningEnv
+from trimtab.envs.pruning import FEATURES, N_LEVELS, Problem, PruningEnv
 from trimtab.errors import BrainError
 from trimtab.pruner.learn import learn_policy
 from trimtab.pruner.lessons import FAMILIES, draw_lesson
@@ -73,7 +74,9 @@ def test_the_same_numbers_make_the_same_policy(learned: Path, tmp_path: Path) ->
 def test_what_learning_refuses(learned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(trimtab.errors.InputError, match="n_lessons is 0; expected a whole number of 1 or more"):
         learn_policy(tmp_path / "out", n_lessons=0)
-    with pytest.raises(trimtab.errors.OutputError, match="is not empty"):
+    with pytest.raises(trimtab.errors.InputError, match="n_steps is 1; expected a whole number of 64 or more"):
+        learn_policy(tmp_path / "out", n_steps=1)
+    with pytest.raises(trimtab.errors.OutputError, match="is not empty; give another --out"):
         learn_policy(learned.parent, n_lessons=1)
     assert not (tmp_path / "out").exists()
     for words, text in [
@@ -116,6 +119,42 @@ def test_a_broken_file_is_one_error_before_anything_is_done(learned: Path, tmp_p
         trimtab.prune(model, inputs, evaluate=lambda _: pytest.fail("evaluated"), brain=source)
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda weights: {**weights, "action_net.bias": torch.zeros(16)},
+            r"action_net.bias is \(16,\), expected \(17,\)",
+        ),
+        (lambda weights: {n: w for n, w in weights.items() if n != "action_net.bias"}, "action_net.bias is missing"),
+        (lambda weights: {**weights, "more": torch.zeros(1)}, r"more is \(1,\), expected no such tensor"),
+        (
+            lambda weights: {**weights, "value_net.bias": torch.tensor([math.nan])},
+            "value_net.bias has numbers that are",
+        ),
+    ],
+)
+def test_weights_of_another_network_are_refused_at_once(
+    learned: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], text: str
+) -> None:
+    weights = dict(TaughtPolicy.load(learned).weights)
+    folder = TaughtPolicy(change(weights)).save(tmp_path / "policy")
+    with pytest.raises(BrainError, match=text):
+        TaughtPolicy.load(folder)
+    model, inputs = small()
+    for source in (None, 3):
+        with pytest.raises(trimtab.errors.InputError, match=f"brain is {source}; expected 'pruning', or a folder"):
+            trimtab.prune(model, inputs, evaluate=lambda _: 0.0, brain=source)
+    with pytest.raises(trimtab.errors.InputError, match="brain 'b' is what 'ppo' starts from, and uniform is not"):
+        trimtab.prune(model, inputs, evaluate=lambda _: 0.0, agent="uniform", brain="b")
+
+
+def test_the_shapes_of_a_policy_are_known_without_making_one() -> None:
+    env = PruningEnv(*small(), validation=(torch.zeros(2, 8), torch.zeros(2, dtype=torch.long)), target={"flops": 0.5})
+    found = {name: tuple(tensor.shape) for name, tensor in WidthPolicy(env, PRESETS["ppo"], seed=0).weights().items()}
+    assert shapes_of(len(FEATURES), N_LEVELS) == found
+
+
 def test_a_folder_is_a_policy_that_the_search_starts_from(learned: Path) -> None:
     model, inputs = small()
     asked: list[tuple[int, ...]] = []
@@ -127,6 +166,7 @@ def test_a_folder_is_a_policy_that_the_search_starts_from(learned: Path) -> None
 
     result = trimtab.prune(model, inputs, evaluate=evaluate, target={"params": 0.4}, max_evaluations=8, brain=learned)
     assert result.report.evaluations <= 8
+    assert TaughtPolicy.load(learned.parent).digest == TaughtPolicy.load(learned).digest  # OUT, and OUT/brain
     network = PrunableNetwork(model, inputs)
     budget = Budget(network, Target.parse({"params": 0.4}))
     rules = seeds_of(budget)
@@ -149,7 +189,7 @@ def test_rewards_are_relative_to_the_better_rule() -> None:
     compared = relative(scores.__getitem__, [(1,), (2,)], 0.8)
     assert [compared((n,)) for n in (1, 2, 3)] == pytest.approx([-0.25, 0.0, 0.25])
     assert compared((4,)) == pytest.approx(-0.875)  # as if it scored 0
-    losses = relative({(1,): -2.0, (2,): -3.0, (3,): -math.inf}.__getitem__, [(1,)], -1.0)
+    losses = relative({(1,): -2.0, (2,): -3.0, (3,): -math.inf}.__getitem__, [(1,)], -1.0)  # a size, whatever its sign
     assert [losses((n,)) for n in (1, 2)] == [0.0, -1.0]
     assert losses((3,)) == 0.0
     alone = relative({(1,): -math.inf, (2,): 0.5}.__getitem__, [(1,)], 0.0)
@@ -194,7 +234,10 @@ def test_what_we_ship_has_seen_nothing_that_it_is_judged_on(capsys: pytest.Captu
     assert json.loads((folder / "brain.json").read_text())["format"] == "trimtab-pruning-policy"
     with pytest.raises(BrainError, match="expected the format 'trimtab-brain', got 'trimtab-pruning-policy'"):
         Brain.load("pruning")
-    for words, text in [(["list", "brains"], "trimtab learn pruning"), (["show", "pruning"], "ppo of trimtab.prune")]:
+    for words, text in [
+        (["list", "brains"], "learned, for trimtab.prune: trimtab learn pruning"),
+        (["show", "pruning"], "ppo of trimtab.prune"),
+    ]:
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == 0

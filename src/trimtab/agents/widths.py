@@ -24,7 +24,7 @@ from torch import Tensor
 from trimtab.errors import InputError
 from trimtab.seeding import derive_seed, scoped_global_rng, scoped_numpy_rng, torch_generator
 
-__all__ = ["PRESETS", "WidthOptions", "WidthPolicy"]
+__all__ = ["PRESETS", "WidthOptions", "WidthPolicy", "shapes_of"]
 
 _CPU = torch.device("cpu")
 
@@ -71,6 +71,15 @@ PRESETS = {
         learning_rate=3e-4, gamma=0.99, gae_lambda=0.95, ent_coef=0.0
     ),  # clip, epochs, batch as above
 }
+
+
+def shapes_of(n_features: int, n_actions: int, hidden: int = WidthOptions.hidden) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight of a policy."""
+    layers = {"action_net": (n_actions, hidden), "value_net": (1, hidden)}
+    for net in ("policy_net", "value_net"):
+        layers |= {f"mlp_extractor.{net}.0": (hidden, n_features), f"mlp_extractor.{net}.2": (hidden, hidden)}
+    found: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in layers.items()}
+    return found | {f"{name}.bias": shape[:1] for name, shape in layers.items()}
 
 
 class WidthPolicy:

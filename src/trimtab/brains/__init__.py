@@ -1,6 +1,6 @@
 """The brains we ship: a folder each, with the command that made it in its provenance.
 
-Called by `Brain.load` and the command line; nothing here imports torch.
+Called by `Brain.load`, `trimtab.pruner.policies` and the command line; nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ def folder_of(name: str) -> Path | None:
 
 
 def descriptions() -> dict[str, str]:
-    """Name -> what it is, of everything that `Brain.load` knows by name."""
+    """Name -> what it is, of everything that `Brain.load` knows by name, and of what `trimtab.prune` starts from."""
     rules = {
         "default": "the rule uwhg over a cosine, no learning; for runs with a known number of steps",
         "default-open": "the rule uwhg over a constant base, no learning; for runs whose end is not known",
     }
     learned = {}
     for path in sorted(_HERE.glob("*/brain.json")):
-        provenance = json.loads(path.read_text(encoding="utf-8"))["provenance"]
-        learned[path.parent.name] = f"learned: {provenance.get('command', 'provenance in brain.json')}"
+        data = json.loads(path.read_text(encoding="utf-8"))
+        what = "learned" if data["format"] == "trimtab-brain" else "learned, for trimtab.prune"
+        learned[path.parent.name] = f"{what}: {data['provenance'].get('command', 'provenance in brain.json')}"
     return {**rules, **learned}

@@ -41,6 +41,8 @@ def show(directory: Path, console: Console) -> None:
         _show_brain(directory, console)
     elif (directory / "learn.json").is_file():
         _show_making(directory, console)
+    elif (directory / "brain" / "brain.json").is_file():
+        _show_brain(directory / "brain", console)
     else:
         shipped = brains.descriptions()
         if str(directory) in shipped and not directory.exists():

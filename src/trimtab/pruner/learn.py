@@ -6,6 +6,7 @@ a kill it begins anew; with the same numbers it makes the same brain.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,15 +21,14 @@ from trimtab.errors import InputError
 from trimtab.folders import WorkFolder
 from trimtab.progress import Display, News, Silent
 from trimtab.pruner.lessons import FAMILIES, Lesson, draw_lesson
-from trimtab.pruner.policies import TaughtPolicy
+from trimtab.pruner.policies import BRAIN, TaughtPolicy
 from trimtab.pruner.teach import SHARES, TEACHING, teach
-from trimtab.tasks.families import SOURCES
 
 __all__ = ["learn_policy"]
 
 NAME = "pruning"
 N_LESSONS = 160
-N_STEPS = 200_000
+N_STEPS = 98 * TEACHING.n_steps
 _PACKAGES = ("torch", "numpy", "stable-baselines3", "gymnasium")
 _POINTS = 30  # of the curve
 
@@ -47,7 +47,8 @@ def learn_policy(
         out: Folder, missing or empty; runs/learn-pruning where it is None.
         seed: Root seed, of which all that is drawn follows.
         n_lessons: Networks that it learns on.
-        n_steps: Environment steps; an episode has as many as its network has parts.
+        n_steps: Environment steps, rounded up to whole rollouts of 2,048; an episode has one for each part of its
+            network.
         display: Where to show how it goes; nowhere where it is None.
 
     Returns:
@@ -57,12 +58,14 @@ def learn_policy(
         InputError: A number is out of range, or the folder holds something.
         OutputError: It cannot be written.
     """
-    for name, least, value in [("seed", 0, seed), ("n_lessons", 1, n_lessons), ("n_steps", 1, n_steps)]:
+    for name, least, value in [("seed", 0, seed), ("n_lessons", 1, n_lessons), ("n_steps", 64, n_steps)]:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} is {value!r}; expected a whole number of {least} or more")
     display = display or Silent()
+    options = replace(TEACHING, n_steps=min(TEACHING.n_steps, n_steps), batch_size=min(TEACHING.batch_size, n_steps))
+    n_steps = options.n_steps * math.ceil(n_steps / options.n_steps)
     path = Path("runs") / f"learn-{NAME}" if out is None else Path(out)
-    folder = WorkFolder(path, "brain", "policy's making", "learning a policy")
+    folder = WorkFolder(path, BRAIN, "policy's making", "learning a policy", is_resumable=False)
     folder.is_begun(False)
     with folder.hold(False), display, machine.torch_threads(1):
         cpu_s = time.process_time()
@@ -76,9 +79,6 @@ def learn_policy(
             done += 1
             display.news("teaching", News("step", done, n_steps))
 
-        options = replace(
-            TEACHING, n_steps=min(TEACHING.n_steps, n_steps), batch_size=min(TEACHING.batch_size, n_steps)
-        )
         policy, rewards = teach(lessons, n_steps=n_steps, seed=seed, options=options, on_step=tell)
         display.over("teaching")
         provenance = {
@@ -89,13 +89,13 @@ def learn_policy(
             "ppo": asdict(options),
             "versions": machine.describe({"device": "cpu", "threads": torch.get_num_threads()}, _PACKAGES),
             "families": list(FAMILIES),
-            "sources": sorted({source for family in FAMILIES for source in SOURCES[family]}),
+            "sources": sorted({lesson.source for lesson in lessons}),
             "targets": list(SHARES),
             "lessons_drawn_from": {family: sum(x.family == family for x in lessons) for family in FAMILIES},
             "curve": _curve(rewards),
             "cost": {"cpu_s": round(time.process_time() - cpu_s, 1), "episodes": len(rewards)},
         }
-        return TaughtPolicy(policy.weights(), provenance).save(path / "brain")
+        return TaughtPolicy(policy.weights(), provenance).save(path / BRAIN)
 
 
 def _draw(seed: int, n_lessons: int, display: Display) -> list[Lesson]:

@@ -41,7 +41,8 @@ class Lesson:
         model: In evaluation.
         inputs: (N, ...) that it was not trained on.
         targets: (N,) classes.
-        family: Where its data come from.
+        family: Of the data.
+        source: Where they come from.
         accuracy: Of the network on them.
     """
 
@@ -49,6 +50,7 @@ class Lesson:
     inputs: Tensor
     targets: Tensor
     family: str
+    source: str
     accuracy: float
 
 
@@ -73,7 +75,7 @@ def draw_lesson(seed: int, number: int) -> Lesson:
             accuracy = float((model(inputs).argmax(1) == targets).double().mean())
         chance = 1 / task.n_outputs
         if accuracy > chance + LEAST_GAIN * (1 - chance):
-            return Lesson(model, inputs, targets, family, accuracy)
+            return Lesson(model, inputs, targets, family, task.source, accuracy)
     raise RuntimeError(f"a hundred networks in a row learned nothing (seed {seed}, lesson {number})")
 
 

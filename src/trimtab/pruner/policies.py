@@ -11,15 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimtab import brain_files, brains
+from trimtab.agents.widths import shapes_of
 from trimtab.envs.pruning import FEATURES, N_LEVELS
 from trimtab.errors import BrainError, InputError
 
-__all__ = ["KIND", "SHIPPED", "TaughtPolicy"]
+__all__ = ["BRAIN", "KIND", "SHIPPED", "TaughtPolicy"]
 
 SHIPPED = "pruning"
+BRAIN = "brain"  # below the folder of `trimtab learn pruning`
 KIND = "trimtab-pruning-policy"
 VERSION = 1
 
@@ -31,10 +34,12 @@ class TaughtPolicy:
     Attributes:
         weights: Of `trimtab.agents.widths.WidthPolicy`.
         provenance: JSON-able: where it comes from.
+        digest: SHA-256 of the file of its weights; empty where it has none yet.
     """
 
     weights: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
 
     @classmethod
     def for_methods(cls, methods: Collection[str], source: str | Path = SHIPPED) -> TaughtPolicy | None:
@@ -54,12 +59,19 @@ class TaughtPolicy:
 
     @classmethod
     def load(cls, source: str | Path = SHIPPED) -> TaughtPolicy:
-        """Load the one we ship, by its name, or one from its folder.
+        """Load the one we ship, by its name, or one from its folder, or from that of `trimtab learn pruning`.
 
         Raises:
             BrainError: The folder holds none, or a broken one, or one for other features; nothing is executed.
+            InputError: It is neither a name nor a folder.
         """
+        if not isinstance(source, (str, Path)):
+            raise InputError(
+                f"brain is {source!r}; expected {SHIPPED!r}, or a folder that `trimtab learn pruning` made"
+            )
         folder = (brains.folder_of(source) if isinstance(source, str) else None) or Path(source)
+        if (folder / BRAIN / "brain.json").is_file():
+            folder = folder / BRAIN
         data = brain_files.read_description(
             folder, kind=KIND, version=VERSION, shipped=SHIPPED, others=("features", "n_actions")
         )
@@ -69,7 +81,9 @@ class TaughtPolicy:
                 "trimtab/Pruning-v0; make it anew with `trimtab learn pruning`"
             )
         weights = brain_files.read_weights(folder, data)
-        return cls(dict(sorted(weights.items())), data["provenance"])  # the file's order is another one each time
+        _check(weights, folder)
+        found = dict(sorted(weights.items()))  # the file's order is another one each time
+        return cls(found, data["provenance"], data["sha256"])
 
     def save(self, directory: str | Path) -> Path:
         """Write it into a folder, each file whole or not at all, the description last.
@@ -83,3 +97,19 @@ class TaughtPolicy:
         description = {"features": list(FEATURES), "n_actions": N_LEVELS, "provenance": dict(self.provenance)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.items()}
         return brain_files.write(directory, description, tensors, kind=KIND, version=VERSION)
+
+
+def _check(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse weights of another network, or that are no numbers, before anything is scored.
+
+    Raises:
+        BrainError: Naming the tensor.
+    """
+    expected = shapes_of(len(FEATURES), N_LEVELS)
+    for name in [*expected, *(name for name in weights if name not in expected)]:
+        found = tuple(weights[name].shape) if name in weights else "missing"
+        if found != expected.get(name):
+            wanted = expected.get(name, "no such tensor")
+            raise BrainError(f"the policy in {folder}: {name} is {found}, expected {wanted}; make it anew")
+        if not bool(torch.isfinite(weights[name]).all()):
+            raise BrainError(f"the policy in {folder}: {name} has numbers that are not finite; make it anew")

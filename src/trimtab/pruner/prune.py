@@ -130,7 +130,7 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         options |= {"agent": agent, "max_evaluations": max_evaluations, "n_best": n_best, "stages": stages,
                     "backend": backend, "parts": {part.name: list(part.widths) for part in dense.parts}}  # fmt: skip
         given_by_user = {
-            "brain": taught,
+            "brain": taught if agent == "ppo" else None,
             "model": dense.model.state_dict(),
             "example_inputs": dense.inputs,
             "validation": validation,

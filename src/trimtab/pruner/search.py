@@ -106,7 +106,9 @@ class Search:
         def scaled(widths: Configuration) -> float:
             return (self._score(widths) - low) / unit
 
-        score = relative(scaled, self.seeds(), dense) if self.agent == "ppo" else scaled
+        # Of scores of another scale the worst was made 0: a share of what the dense network has over it says nothing.
+        whole = dense if (low, unit) == (0.0, 1.0) else 1.0
+        score = relative(scaled, self.seeds(), whole) if self.agent == "ppo" else scaled
         problem = Problem(network, self.budget, score, dense, alone)
         env = PruningEnv(problem=problem, reward="each" if self.agent == "paper" else "last")
         policy = WidthPolicy(env, PRESETS[self.agent], seed=derive_seed(self.seed, "agent"))
@@ -120,7 +122,7 @@ class Search:
     def _alone(self) -> Scores | None:
         """What the network scores with one part alone cut; None where that would cost too much of the search.
 
-        A policy that was taught knows enough without: what this costs, it makes better use of (docs/pruning.md).
+        A policy that was taught knows enough without: what this costs, it makes better use of (docs/decisions.md).
         """
         network = self.budget.network
         n_new = len({c for of_part in _cuts_alone(network) for c in of_part} - {network.dense})
@@ -130,9 +132,9 @@ class Search:
 
 
 def relative(
-    score: Callable[[Configuration], float], rules: Iterable[Configuration], dense: float
+    score: Callable[[Configuration], float], rules: Iterable[Configuration], whole: float
 ) -> Callable[[Configuration], float]:
-    """By how much of the dense network's score a configuration is better than the best of the rules.
+    """By how much of a whole, the dense network's score, a configuration is better than the best of the rules.
 
     The reward of teaching: an easy network does not count for more than a hard one. A configuration without a score is
     worth as much as one that scores 0.
@@ -140,10 +142,10 @@ def relative(
     Args:
         score: Of a configuration; -inf where it has none.
         rules: Configurations.
-        dense: Score of the dense network.
+        whole: What differences are divided by; 0 counts as 1.
     """
     zero = max((found for found in map(score, rules) if np.isfinite(found)), default=0.0)
-    unit = abs(dense) or 1.0
+    unit = abs(whole) or 1.0
 
     def compared(widths: Configuration) -> float:
         found = score(widths)

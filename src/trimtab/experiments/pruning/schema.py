@@ -18,7 +18,7 @@ from trimtab.errors import InputError, unknown_name
 from trimtab.experiments.design import at_least, check_list, find_study
 from trimtab.experiments.schema import parse_scales
 from trimtab.pruner.methods import LEARNED, METHODS
-from trimtab.pruner.policies import SHIPPED
+from trimtab.pruner.policies import SHIPPED, TaughtPolicy
 from trimtab.pruning.budget import Target
 from trimtab.yaml_files import Count, Natural, Positive, Strict, Text, read_yaml, whole
 
@@ -264,7 +264,9 @@ def resolve(file: PruningFile, where: str, scale: str, methods: Sequence[str] | 
         methods: These alone, on every task.
 
     Raises:
-        InputError: A task or method is unknown or there twice, or "paper" has nothing to retrain with.
+        BrainError: What "ppo" starts from cannot be loaded.
+        InputError: A task or method is unknown or there twice, a brain is given for no method, or "paper" has nothing
+            to retrain with.
     """
     for name in methods or ():
         if name not in ALL_METHODS:
@@ -304,6 +306,8 @@ def resolve(file: PruningFile, where: str, scale: str, methods: Sequence[str] | 
         "threads",
     )
     settings = {key: getattr(file, key) for key in keys}
+    policy = TaughtPolicy.for_methods([name for plan in plans for name in plan.methods], file.brain)
+    settings["brain_sha256"] = None if policy is None else policy.digest  # a folder's content may change
     settings["latency_batch_sizes"] = list(settings["latency_batch_sizes"])
     return PruningStudy(file.study, file.idea, scale, file.seed, tuple(plans), settings)
 
