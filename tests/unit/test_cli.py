@@ -93,7 +93,7 @@ def test_lists_of_arms_studies_recipes_and_brains(capsys):
         "pruning",
         "transformer-lr",
     ]
-    recipes = ["default", "default-open", "few-rows", "residual", "several-knobs", "smoke"]
+    recipes = ["default", "default-open", "few-rows", "residual", "several-knobs", "smoke", "pruning"]
     assert re.findall(r"^(\S+)  ", invoke(capsys, "list", "recipes")[1], re.M) == recipes
     brains = re.findall(r"^(\S+) +(.*)$", invoke(capsys, "list", "brains")[1], re.M)
     assert dict(brains)["default-open"] == (
@@ -191,6 +191,7 @@ def test_without_a_command_the_help_is_shown(capsys):
         (["run", "demo", "--n-seeds", "five"], "Invalid value for '--n-seeds'"),
         (["run", "demo", "--sede", "1"], "No such option: --sede"),
         (["learn", "defualt"], "unknown recipe 'defualt'; did you mean 'default'?"),
+        (["learn", "prunin"], "unknown recipe 'prunin'; did you mean 'pruning'?"),
         (["learn", "smoke", "--seeds", "0"], "options: seeds: got 0, expected a whole number of at least 1"),
         (["learn", "smoke", "--seed", "-1"], "seed: got -1, expected a whole number of at least 0"),
         (["rnu"], "No such command 'rnu'"),

@@ -312,7 +312,7 @@ def test_the_search_starts_from_the_brain_that_is_given(done, tmp_path, monkeypa
     outcome = prune_task(NAME, **options, scale="smoke", brain=given, out=tmp_path / "out")
     assert outcome.exit_code == 0
     assert set(asked) == {str(given)}
-    assert len(asked) == 2  # checked before anything begins, and used
+    assert len(asked) == 3  # resolved, checked before anything begins, and used
 
 
 def test_a_target_of_latency_is_measured_once(tmp_path):
