@@ -22,6 +22,7 @@ from torch import nn
 
 from trimtab.errors import InputError, unknown_name
 from trimtab.pruning.budget import Budget, Prunable, Target
+from trimtab.pruning.calibration import has_statistics
 from trimtab.pruning.evaluation import CachedEvaluator
 from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.parts import Configuration, Part
@@ -239,6 +240,8 @@ def _problem(
     budget = Budget(network, parsed)
     score_of = None
     if validation is not None:
-        score_of = CachedEvaluator(network, Validation(validation, network.model, len(network.inputs))).score
+        made = Validation(validation, network.model, len(network.inputs))
+        network.calibration = made.calibration if has_statistics(network.model) else ()
+        score_of = CachedEvaluator(network, made).score
     scorer = Scorer(network, evaluate=evaluate, score_of=score_of)
     return Problem(network, budget, scorer.score, scorer.dense)

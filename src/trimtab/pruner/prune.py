@@ -68,7 +68,8 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         evaluate: Score of a network in evaluation, higher is better: a black box, called at most `max_evaluations`
             times in a search. Give this or `validation`.
         validation: (inputs, targets), samples along the first axis: accuracy for whole-number targets, minus the mean
-            squared error for floats. Activations are kept between evaluations, which makes them tens of times cheaper.
+            squared error for floats. Activations are kept between evaluations, which makes them tens of times cheaper;
+            not of networks with batch norm, whose statistics are taken anew of the inputs after every cut.
         fine_tune: Trains a network in place, for a short while; called with copies, in training, with torch's random
             generators lent. None: nothing is fine-tuned.
         target: What may be left: {"flops": share}, {"params": share} or {"latency": share, "batch_size": n}; None

@@ -16,6 +16,7 @@ from trimtab.progress import News
 from trimtab.pruner.choice import Candidate, FineTune, pick, retrained, tuned
 from trimtab.pruner.methods import Proposal, propose
 from trimtab.pruning.budget import Budget, Prunable
+from trimtab.pruning.calibration import has_statistics
 from trimtab.pruning.evaluation import CachedEvaluator
 from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.parts import Configuration
@@ -86,6 +87,8 @@ def run_method(method: str, given: Given, network: Prunable, budget: Budget, *, 
     rate, score_of = given.evaluate, None
     if given.validation is not None:
         validation = Validation(given.validation, network.model, len(network.inputs))
+        if has_statistics(network.model):
+            network.calibration = validation.calibration
         rate = validation.rate
         score_of = _scores_on(validation, network)
     if method == "paper" and given.fine_tune is not None and rate is not None:

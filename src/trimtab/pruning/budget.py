@@ -31,6 +31,7 @@ class Prunable(Protocol):
     dense: Configuration
     scores: tuple[Tensor, ...]
     orders: tuple[Tensor, ...]
+    calibration: Sequence[tuple[Tensor, ...]]
 
     def flops(self, configuration: Sequence[int]) -> int:
         """FLOPs of a forward pass of the example inputs."""

@@ -94,8 +94,11 @@ class CachedEvaluator:
             return torch.cat(list(self._outputs(configuration)))
 
     def _outputs(self, configuration: Sequence[int]) -> Iterator[Any]:
-        """Of each batch; of the cut network as a whole where the forward reads again what it has written into."""
-        if self._writers is None:
+        """Of each batch; of the cut network as a whole where the forward reads again what it has written into.
+
+        And where the network's cuts have statistics of their own, which depend on all widths before them.
+        """
+        if self._writers is None or self.network.calibration:
             model = self.network.cut(configuration)
             yield from (model(*(tensor.clone() for tensor in inputs)) for inputs, _ in self._batches)
             return

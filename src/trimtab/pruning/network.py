@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trimtab.cost import as_inputs, count_by_module
 from trimtab.errors import InputError, unknown_name
 from trimtab.pruning import attention
+from trimtab.pruning.calibration import recalibrate
 from trimtab.pruning.costs import ClosedForm, Counts, Factor, Term, terms_of_couplings
 from trimtab.pruning.importance import IMPORTANCE, random_scores, ranked, unit_scores
 from trimtab.pruning.parts import Configuration, Part, check_configuration, width_grid
@@ -77,6 +78,8 @@ class PrunableNetwork:
         couplings: Of the dense network.
         slicer: Makes smaller copies.
         costs: FLOPs and parameters by configuration.
+        calibration: Batches of inputs that the batch-norm statistics of every cut are taken anew of; () leaves them as
+            they are in the dense network.
 
     Raises:
         InputError: The network cannot be copied or traced, fails on the inputs, nothing of it can be pruned, or an
@@ -100,6 +103,7 @@ class PrunableNetwork:
             raise unknown_name("importance", importance, IMPORTANCE)
         self.inputs = as_inputs(example_inputs)
         self.model = copied(model)
+        self.calibration: Sequence[tuple[Tensor, ...]] = ()
         self.couplings = Couplings(trace(self.model, self.inputs))
         self.slicer = Slicer(self.couplings)
         self.refused: dict[str, str] = {}
@@ -297,7 +301,10 @@ class PrunableNetwork:
         for width, part, way, order in zip(configuration, self.parts, self.ways, used, strict=True):
             if way.local is not None and width < part.size:
                 self.cut_locally(new, way.local, _first(order, width).tolist())
-        return new.eval()
+        new.eval()
+        if self.calibration and tuple(configuration) != self.dense:
+            recalibrate(new, self.calibration)
+        return new
 
     @staticmethod
     def cut_locally(model: nn.Module, local: LocalCut, kept: Sequence[int]) -> None:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from trimtab.cost import as_inputs, count_by_module, size_of
 from trimtab.errors import InputError, RunFailedError, unknown_name
+from trimtab.pruning.calibration import recalibrate
 from trimtab.pruning.costs import ClosedForm, Counts, Factor, Term
 from trimtab.pruning.importance import random_scores, ranked
 from trimtab.pruning.network import copied
@@ -81,6 +82,8 @@ class TorchPruningNetwork:
         scores: (units,) of each part, float64.
         orders: (units,) of each part, the most important first.
         costs: FLOPs and parameters by configuration; None where each is counted.
+        calibration: Batches of inputs that the batch-norm statistics of every cut are taken anew of; () leaves them as
+            they are in the dense network.
 
     Raises:
         MissingExtraError: Torch-Pruning is not installed.
@@ -105,6 +108,7 @@ class TorchPruningNetwork:
             raise unknown_name("importance for Torch-Pruning", importance, IMPORTANCE)
         self._library = import_library()
         self.inputs = as_inputs(example_inputs)
+        self.calibration: Sequence[tuple[Tensor, ...]] = ()
         self.model = copied(model)
         counts = count_by_module(self.model, self.inputs)
         self._tensors = dict(named_tensors(self.model))
@@ -278,6 +282,8 @@ class TorchPruningNetwork:
         for name, tensor in named_tensors(new):
             tensor.requires_grad_(self._tensors[name].requires_grad)  # all that was cut, and traced, asks for gradients
         self._run(new.eval())
+        if self.calibration and checked != self.dense:
+            recalibrate(new, self.calibration)
         return new
 
     def _compare(self, new: nn.Module, configuration: Configuration) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import InputError
+from trimtab.pruning.calibration import SAMPLES
 from trimtab.pruning.scores import check_classes, is_probability, score_sum
 
 __all__ = ["BATCH_SIZE", "Validation"]
@@ -74,6 +75,17 @@ class Validation:
         score_sum(outputs, targets)
         check_classes(outputs, all_targets)
         self.threshold = 0.5 if is_probability(outputs, targets) else 0.0
+
+    @property
+    def calibration(self) -> list[tuple[Tensor, ...]]:
+        """Inputs, without targets, that batch-norm statistics may be taken of; `SAMPLES` or one batch more."""
+        found: list[tuple[Tensor, ...]] = []
+        n = 0
+        for inputs, targets in self.batches:
+            if len(targets) > 1 and n < SAMPLES:  # one sample has no variance
+                found.append(inputs)
+                n += len(targets)
+        return found
 
     @torch.no_grad()
     def rate(self, model: nn.Module) -> float:
