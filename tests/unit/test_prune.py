@@ -137,7 +137,8 @@ def test_seeds_are_drawn_alike_and_differ(trained: nn.Module) -> None:
             asked.append(widths_of(net))
             return float((net(INPUTS).argmax(1) == TARGETS).double().mean())
 
-        trimtab.prune(trained, INPUTS[:1], evaluate=evaluate, target={"flops": 0.5}, max_evaluations=12, seed=seed)
+        options = {"target": {"flops": 0.5}, "max_evaluations": 12, "agent": "ppo-untaught"}
+        trimtab.prune(trained, INPUTS[:1], evaluate=evaluate, seed=seed, **options)
         return asked
 
     state = torch.get_rng_state()
@@ -146,7 +147,8 @@ def test_seeds_are_drawn_alike_and_differ(trained: nn.Module) -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_resumed_is_uninterrupted(trained: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("agent", "stop"), [("ppo-untaught", 9), ("ppo", 5)])
+def test_resumed_is_uninterrupted(trained: nn.Module, tmp_path: Path, agent: str, stop: int) -> None:
     n_calls = 0
 
     def evaluate(net: nn.Module) -> float:
@@ -156,15 +158,15 @@ def test_resumed_is_uninterrupted(trained: nn.Module, tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return float((net(INPUTS).argmax(1) == TARGETS).double().mean())
 
-    options = {"evaluate": evaluate, "target": {"flops": 0.4}, "max_evaluations": 20, "seed": 3}
+    options = {"evaluate": evaluate, "target": {"flops": 0.4}, "max_evaluations": 20, "seed": 3, "agent": agent}
     stop_at = 0
     whole = trimtab.prune(trained, INPUTS[:1], **options)
-    n_whole, n_calls, stop_at = n_calls, 0, 9
+    n_whole, n_calls, stop_at = n_calls, 0, stop
     with pytest.raises(KeyboardInterrupt):
         trimtab.prune(trained, INPUTS[:1], **options, checkpoint=tmp_path / "search")
     n_calls, stop_at = 0, 0
     resumed = trimtab.prune(trained, INPUTS[:1], **options, checkpoint=tmp_path / "search")
-    assert n_calls == n_whole - 8
+    assert n_calls == n_whole - stop + 1
     assert resumed.report == whole.report
     assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
     with pytest.raises(InputError, match="holds another search: target differ; give the arguments of then"):
