@@ -76,7 +76,7 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
             halves the FLOPs.
         agent: "ppo", which was taught on many small networks before; "ppo-untaught", which was not; "paper", PPO with
             the write-up's settings, which retrains after each action and needs `fine_tune`; or a method without
-            learning: "random-search" (widths at random within the budget), "uniform" (the same share everywhere),
+            learning: "random-search" (widths at random that use the budget up), "uniform" (the same share everywhere),
             "global" and "lamp" (one threshold for all parts), "greedy", "random-units", or "exhaustive" (all
             configurations within the budget are scored, where they are not too many).
         max_evaluations: Configurations that are scored in the search, the dense one not counted; 8 or more. "greedy"

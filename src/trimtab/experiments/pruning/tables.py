@@ -22,7 +22,7 @@ MEANINGS = {
     "with uniform and global, the best seen counts",
     "ppo-untaught": "the same, which has seen no network before this one",
     "paper": "PPO with the settings of the write-up: a short retraining and a reward after each action",
-    "random-search": "widths at random within the budget, as many evaluations, the same seeding",
+    "random-search": "widths at random that use the budget up, as many evaluations, the same seeding",
     "uniform": "the same share of every layer's units",
     "global": "one threshold of importance for all layers",
     "lamp": "one threshold, units scored by LAMP",
