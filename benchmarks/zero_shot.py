@@ -28,7 +28,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from zero_shot_suite.arms import DRAWN, TUNED, check_extra, identity
+from zero_shot_suite.arms import DRAWN, TUNED, identity
 from zero_shot_suite.parts import PARTS, Options, Part, find_part
 from zero_shot_suite.plan import count_jobs, next_jobs, partner
 from zero_shot_suite.store import Kept, load_all, open_part
@@ -39,6 +39,7 @@ from trimtab import registry
 from trimtab.errors import InputError, RunFailedError, TrimtabError
 from trimtab.executors import Event, Executor, make_executor
 from trimtab.storage import atomic_write
+from trimtab.training.own_optimizers import import_extra
 
 _SAVE_EVERY_S = 30.0  # losing more than this to a kill would be noticed
 
@@ -154,7 +155,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the parts that were asked for, or all that are missing."""
     options = Options(arguments.rates, arguments.seeds, min(arguments.other_seeds, arguments.seeds))
     for package in ("schedulefree", "prodigyopt"):
-        check_extra(package)
+        import_extra(package)
     brains = _brains(arguments.brain)
     arms = {arm: identity(arm, brains) for arm in (*TUNED, *DRAWN, *(f"brain:{name}" for name in brains))}
     asked = [find_part(name) for name in arguments.part or PARTS]

@@ -27,29 +27,28 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import trimtab
 from trimtab.agents.base import Timing
 from trimtab.agents.scripted import Replay
 from trimtab.brain import Brain
 from trimtab.controller import Controller
-from trimtab.errors import InputError, MissingExtraError
+from trimtab.errors import InputError
 from trimtab.safety import Safety
 from trimtab.seeding import derive_seed
 from trimtab.spec import ControlSpec, make_agent
 from trimtab.tasks.base import Task
 from trimtab.training.loop import TrainingLoop
+from trimtab.training.own_optimizers import evaluated_weights, put_in
 
-__all__ = ["DRAWN", "TUNED", "Driver", "check_extra", "identity", "make_driver"]
+__all__ = ["DRAWN", "TUNED", "Driver", "identity", "make_driver"]
 
 TUNED = ("cosine", "wsd", "plateau", "schedule-free", "constant")
 DRAWN = (
@@ -105,7 +104,8 @@ class Driver:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Put the weights that count into the model, for the time of an evaluation."""
-        yield
+        with evaluated_weights(self._loop.optimizer):
+            yield
 
     def best_state(self) -> dict[str, Tensor] | None:
         """The weights of the best validation loss, if the arm keeps them itself."""
@@ -146,24 +146,6 @@ class Driver:
         return {"start": start, "settings": rows, "timing": asdict(spec.timing), "base": asdict(spec.base)}
 
 
-class _ScheduleFree(Driver):
-    """Schedule-Free keeps two sets of weights: one that gradients are taken at, one that is evaluated."""
-
-    def __init__(self, loop: TrainingLoop) -> None:
-        super().__init__(loop, None)
-        loop.optimizer.train()  # type: ignore[attr-defined]
-
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """See `Driver.evaluating`."""
-        optimizer: Any = self._loop.optimizer
-        optimizer.eval()
-        try:
-            yield
-        finally:
-            optimizer.train()
-
-
 def make_driver(job: Mapping[str, Any], loop: TrainingLoop) -> Driver:
     """Attach an arm to a run.
 
@@ -179,10 +161,10 @@ def make_driver(job: Mapping[str, Any], loop: TrainingLoop) -> Driver:
     if arm in ("default", "default-loss", "default-open", "uwhg") or arm.startswith("brain:"):
         return _ours(arm, job, loop)
     if arm == "schedule-free":
-        loop.optimizer = _schedule_free(loop)
-        return _ScheduleFree(loop)
+        put_in(loop, arm)
+        return Driver(loop, None)
     if arm.startswith("prodigy"):
-        loop.optimizer = _prodigy(loop)
+        put_in(loop, "prodigy")
         return Driver(loop, _control(loop, "cosine", _cosine_of(task)) if arm == "prodigy-cosine" else None)
     if arm == "placebo:default":
         brain = Brain.load("default")
@@ -249,45 +231,6 @@ def _twin(job: Mapping[str, Any], loop: TrainingLoop) -> Controller:
         group["lr"] = replay["start"]
     agent = Replay(replay["settings"], Timing(**replay["timing"]), replay["base"])
     return Controller(agent, optimizer=loop.optimizer, model=loop.model, total_steps=loop.total_steps)
-
-
-def _groups(loop: TrainingLoop) -> list[dict[str, Any]]:
-    return [{key: group[key] for key in ("params", "weight_decay")} for group in loop.optimizer.param_groups]
-
-
-def _schedule_free(loop: TrainingLoop) -> torch.optim.Optimizer:
-    task, package = loop.task, check_extra("schedulefree")
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in loop.model.modules()):
-        raise InputError(
-            f"schedule-free on {task.name}: batch norm keeps statistics of the weights that gradients are taken at, "
-            "not of those that are evaluated; take a task without it"
-        )
-    groups, options = _groups(loop), {"lr": task.lr, "warmup_steps": task.warmup_steps}
-    if task.optimizer == "sgd":
-        made: torch.optim.Optimizer = package.SGDScheduleFree(groups, momentum=task.momentum, **options)
-    else:
-        made = package.AdamWScheduleFree(groups, betas=task.betas, **options)
-    return made
-
-
-def _prodigy(loop: TrainingLoop) -> torch.optim.Optimizer:
-    """Adam's kind of update whatever the part's optimizer; there is no Prodigy for SGD."""
-    made: torch.optim.Optimizer = check_extra("prodigyopt").Prodigy(_groups(loop), lr=1.0, betas=loop.task.betas)
-    return made
-
-
-def check_extra(module: str) -> Any:
-    """Import the package of a baseline.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(
-            f'zero_shot.py needs the package {module}, which is not installed; pip install "trimtab[baselines]"'
-        ) from error
 
 
 def identity(arm: str, brains: Mapping[str, str | Path]) -> str:

@@ -73,6 +73,7 @@ _AGENTS = {
     "random": Entry("trimtab.agents.scripted:RandomMoves", "a move drawn at random at every decision"),
     "uwhg": Entry("trimtab.agents.uwhg:UWHG", "rule: update-to-weight ratio first, then hypergradient; no learning"),
     "q_learning": Entry("trimtab.agents.q_learning:QLearning", "tabular Q-learning over binned scale-free signals"),
+    "deep_q": Entry("trimtab.agents.deep_q:DeepQ", "deep Q-learning within a run, over factors or a continuous move"),
     "tuner": Entry("trimtab.agents.tuner:TunerAgent", "learns when to intervene, and what to change then (PPO or DQN)"),
     "evolution": Entry(
         "trimtab.agents.evolution:Evolution", "brain: linear policy taught by evolution strategies; readable", True

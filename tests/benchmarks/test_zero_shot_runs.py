@@ -18,6 +18,7 @@ from zero_shot_suite.table import render
 from trimtab.brain import Brain
 from trimtab.errors import InputError, MissingExtraError, UnknownNameError
 from trimtab.training.loop import TrainingLoop
+from trimtab.training.own_optimizers import import_extra
 
 PART = find_part("digits-mlp-60")
 SMALL = Options(rates=4, seeds=2, other_seeds=1)
@@ -284,7 +285,7 @@ def test_a_missing_extra_is_one_error(monkeypatch):
     with pytest.raises(
         MissingExtraError, match=r'needs the package schedulefree, .* pip install "trimtab\[baselines\]"'
     ):
-        arms.check_extra("schedulefree")
+        import_extra("schedulefree")
 
 
 def test_arms_that_share_a_brain_share_an_identity():

@@ -43,6 +43,7 @@ def test_agents_that_move_two_knobs(name: str) -> None:
         ("ppo", {"residual": "uwhg", "hidden": [8], "moves": [-1.0, 0.0, 1.0], "base": "constant", "members": 3}),
         ("dqn", {"signals": ["progress", "loss_slope"], "n_decisions": 5, "early_decisions": 2}),
         ("evolution", {"sigma": 0.2, "learning_rate": 0.1, "population": 32, "group_size": 8, "n_decisions": 5}),
+        ("deep_q", {"actions": "continuous", "span": 0.3, "hidden": [8], "updates": 2, "signals": ["progress"]}),
         ("q_learning", {"actions": "wide", "epsilon_schedule": "linear", "gamma": 1.0, "base_options": {}}),
     ],
 )

@@ -352,7 +352,7 @@ def test_schedules_that_need_an_end_say_so(name: str) -> None:
             "a table of .* entries; at most 10000000",
         ),
         ("q_learning", {"epsilon_schedule": "cosine"}, "unknown epsilon schedule 'cosine'"),
-        ("q_learning", {"epsilon_decisions": 0}, "expected epsilon_decisions >= 1"),
+        ("q_learning", {"epsilon_decisions": 0}, "epsilon_decisions is 0; expected a whole number of 1 or more"),
         ("q_learning", {"epsilon_decisions": "many"}, "agent 'q_learning': .*options given"),
         ("uwhg", {"target": 9}, "uwhg: target 9"),
         ("uwhg", {"gain": "a"}, "agent 'uwhg'"),

@@ -19,6 +19,7 @@ from typing_extensions import Self, override
 
 from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing, load_generator
 from trimtab.agents.features import Features
+from trimtab.agents.fine_tune import advantages_of, improve
 from trimtab.agents.uwhg import N_FIRST, UWHG
 from trimtab.errors import InputError, unknown_name
 
@@ -331,6 +332,38 @@ class PPOAgent(PolicyAgent):
     """
 
     name = "ppo"
+
+    @override
+    def learn_from_earlier(
+        self,
+        observation: Array,
+        action: npt.NDArray[Any],
+        reward: Array,
+        next_observation: Array,
+        terminated: npt.NDArray[np.bool_],
+    ) -> None:
+        """See `Agent.learn_from_earlier`, and `agents.fine_tune` for how.
+
+        What was not this policy's own choice (the rule's, where a signal lay outside of what it was learned on) counts
+        among the rewards, and is not learned from.
+
+        Raises:
+            InputError: It corrects a rule, or moves several knobs.
+        """
+        del next_observation
+        if self._share_of_rule or self.n_knobs != 1:
+            raise InputError(
+                f"{self.name}: what it chose cannot be told from its actions (residual {self.options['residual']}, "
+                f"{self.n_knobs} knobs); only a policy of one knob without a residual is taught on from earlier runs"
+            )
+        away = np.abs(action[:, :1] - self.move_table)
+        own = (away.min(axis=1) < 1e-9) & np.all((observation >= self._low) & (observation <= self._high), axis=1)
+        gains = advantages_of(reward, terminated)
+        if not own.any() or not np.any(gains[own]):
+            return
+        choices = away.argmin(axis=1)[own]
+        features = self.features(observation[own])
+        self._weights, self._biases = improve(self._weights, self._biases, features, choices, gains[own])
 
     def probabilities(self, observation: Array) -> Array:
         """Probability of each move, the mean over members; (R, S) -> (R, K, moves)."""

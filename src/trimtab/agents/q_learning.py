@@ -20,7 +20,7 @@ from typing_extensions import override
 from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing, load_generator
 from trimtab.errors import InputError, unknown_name
 
-__all__ = ["FACTORS", "QLearning"]
+__all__ = ["FACTORS", "QLearning", "check_epsilon", "epsilon_after", "named_factors"]
 
 # Named sets of factors; "standard" is the write-ups' x1.1, x0.9, keep.
 FACTORS: dict[str, tuple[float, ...]] = {
@@ -83,27 +83,17 @@ class QLearning(Agent):
         n_knobs: int = 1,
         seed: int = 0,
     ) -> None:
-        shares = {
-            "learning_rate": learning_rate,
-            "gamma": gamma,
-            "epsilon": epsilon,
-            "epsilon_end": epsilon_end,
-        }
-        for key, value in shares.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise InputError(f"q_learning: {key} is {value!r}; expected a number in [0, 1]")
+        _check_shares(self.name, {"learning_rate": learning_rate, "gamma": gamma})
         if learning_rate == 0:
             raise InputError("q_learning: learning_rate is 0; a table that never learns is the mode 'use'")
-        if epsilon_schedule not in SCHEDULES_OF_EPSILON:
-            raise unknown_name("epsilon schedule", epsilon_schedule, SCHEDULES_OF_EPSILON)
-        if epsilon_decisions < 1 or n_knobs < 1:
-            raise InputError("q_learning: expected epsilon_decisions >= 1 and n_knobs >= 1")
+        if n_knobs < 1:
+            raise InputError(f"q_learning: n_knobs is {n_knobs!r}; expected 1 or more")
         self._given_actions = actions
-        self._actions = Actions("multiply", _factors(actions))
+        self._actions = Actions("multiply", named_factors(self.name, actions))
         self._bins = _bins(BINS if bins is None else bins)
         self._learning_rate = learning_rate
         self._gamma = gamma
-        self._epsilon = (epsilon, epsilon_end, epsilon_schedule, epsilon_decisions)
+        self._epsilon = check_epsilon(self.name, epsilon, epsilon_end, epsilon_schedule, epsilon_decisions)
         self._every = every
         self._base = Base(base, dict(base_options or {}))
         self._n_knobs = n_knobs
@@ -156,12 +146,7 @@ class QLearning(Agent):
     @property
     def epsilon(self) -> float:
         """Present probability of a random action."""
-        start, end, schedule, decisions = self._epsilon
-        if schedule == "linear":
-            return start + (end - start) * min(1.0, self.n_updates / decisions)
-        if schedule == "exponential":
-            return end + (start - end) * math.exp(-self.n_updates / decisions)
-        return start
+        return epsilon_after(self.n_updates, *self._epsilon)
 
     def bin(self, observation: Array) -> npt.NDArray[np.int64]:
         """Number of the state that each observation falls into; (R, S) -> (R,)."""
@@ -281,7 +266,45 @@ def _bins(given: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...]]:
     return bins
 
 
-def _factors(actions: str | Sequence[float]) -> tuple[float, ...]:
+def _check_shares(who: str, shares: Mapping[str, float]) -> None:
+    for key, value in shares.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise InputError(f"{who}: {key} is {value!r}; expected a number in [0, 1]")
+
+
+def check_epsilon(who: str, start: float, end: float, schedule: str, decisions: int) -> tuple[float, float, str, int]:
+    """The course of epsilon, as `epsilon_after` takes it.
+
+    Raises:
+        InputError: A number is out of range, or there is no such schedule.
+    """
+    _check_shares(who, {"epsilon": start, "epsilon_end": end})
+    if schedule not in SCHEDULES_OF_EPSILON:
+        raise unknown_name("epsilon schedule", schedule, SCHEDULES_OF_EPSILON)
+    if isinstance(decisions, bool) or not isinstance(decisions, int) or decisions < 1:
+        raise InputError(f"{who}: epsilon_decisions is {decisions!r}; expected a whole number of 1 or more")
+    return start, end, schedule, decisions
+
+
+def epsilon_after(n_updates: int, start: float, end: float, schedule: str, decisions: int) -> float:
+    """Probability of a random action after so many transitions.
+
+    >>> epsilon_after(50, 0.1, 0.0, "linear", 100)
+    0.05
+    """
+    if schedule == "linear":
+        return start + (end - start) * min(1.0, n_updates / decisions)
+    if schedule == "exponential":
+        return end + (start - end) * math.exp(-n_updates / decisions)
+    return start
+
+
+def named_factors(who: str, actions: str | Sequence[float]) -> tuple[float, ...]:
+    """Factors by their name in `FACTORS`, or as they are given.
+
+    Raises:
+        InputError: No such name, or no numbers.
+    """
     if isinstance(actions, str):
         if actions not in FACTORS:
             raise unknown_name("set of actions", actions, FACTORS)
@@ -289,6 +312,4 @@ def _factors(actions: str | Sequence[float]) -> tuple[float, ...]:
     try:
         return tuple(float(factor) for factor in actions)
     except (TypeError, ValueError):
-        raise InputError(
-            f"q_learning: actions {actions!r}; expected a name ({', '.join(FACTORS)}) or factors"
-        ) from None
+        raise InputError(f"{who}: actions {actions!r}; expected a name ({', '.join(FACTORS)}) or factors") from None

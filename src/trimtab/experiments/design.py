@@ -10,15 +10,17 @@ whose run is a number of trials.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from trimtab import registry
+from trimtab import brains, registry
+from trimtab.agents.presets import preset_options
 from trimtab.errors import InputError, unknown_name
-from trimtab.experiments.schema import ArmSpec, SearchSpec, StudyFile, parse_study
+from trimtab.experiments.resolved import FLOPS, STEPS, WITHOUT_RATE, Arm, Study, Tuning
+from trimtab.experiments.schema import ArmSpec, Restriction, SearchSpec, StudyFile, parse_study
 from trimtab.yaml_files import read_yaml
 
 __all__ = [
@@ -42,116 +44,10 @@ _RULES = ("uwhg", "plateau", "random")
 _BASES = ("constant", "step", "exponential", "cosine", "wsd")
 # What goes to every job as it is in the file.
 _SETTINGS = ("total_steps", "every", "weight_decay", "optimizer", "device", "precision", "threads")
+# Optimizers that an arm may bring.
+_OWN_OPTIMIZERS = ("schedule-free", "prodigy")
 _DERIVED = ("placebo", "yoked")
 _METHODS = ("grid", "random", "tpe", "pbt")
-# Knobs, and settings to start with, that change what an optimizer step costs.
-_DEAR = ("accumulation", "batch_size", "layers", "units")
-STEPS, FLOPS = "optimizer steps", "training FLOPs"  # what a study's budgets are in
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One row of the comparison.
-
-    Attributes:
-        id: Its name in the study.
-        agent: Registered name of the agent; a yoked arm's is "replay".
-        kind: "baseline", "rule", "learned", "search", "placebo" or "yoked".
-        of: The arm that a placebo or yoked arm belongs to.
-        base: The schedule under the agent, which is what no change leaves; None is the agent's own.
-        options: The agent's own options.
-        lr: Initial rate by task; None leaves it to the task, or to the agent (default-cosine).
-        reward: Registered name of the reward; None where nothing is rewarded or the agent's own holds.
-        learn_runs: Runs that the arm learns on before each run that counts.
-        learn_tasks: Tasks of these runs, in turn; empty for that of the run that counts.
-        experience: Folder of transitions that it learns from before, or None.
-        knobs: Names of the knobs that it moves; of a search, what it looks for.
-        knob_options: Knob -> its options; of a search, the space.
-        brain: Folder of the brain that it goes on from, or None.
-        start: Settings of the loop that its runs begin with instead of the task's.
-        search: Method, trials, budget and the rest of `SearchSpec` but the space; None where the arm is no search.
-    """
-
-    id: str
-    agent: str
-    kind: str
-    of: str | None
-    base: str | None
-    options: Mapping[str, Any]
-    lr: Mapping[str, float | None]
-    reward: str | None
-    learn_runs: int
-    knobs: tuple[str, ...] = ("lr",)
-    knob_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    brain: str | None = None
-    start: Mapping[str, int] = field(default_factory=dict)
-    search: Mapping[str, Any] | None = None
-    learn_tasks: tuple[str, ...] = ()
-    experience: str | None = None
-
-    @property
-    def changes_cost(self) -> bool:
-        """Whether its optimizer steps may cost something else than the task's."""
-        return any(name in _DEAR for name in (*self.knobs, *self.start))
-
-    @property
-    def has_rate(self) -> bool:
-        """Whether its runs can begin with a rate that is given."""
-        return self.agent != "default-cosine" and not (self.search is not None and "lr" in self.knobs)
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """The search for one baseline's rate: which arm it makes, from which rates, on how many seeds."""
-
-    arm: Arm
-    lrs: tuple[float, ...]
-    n_seeds: int
-
-
-@dataclass(frozen=True)
-class Study:
-    """Everything that decides the numbers of a study; the keys are those of a study file.
-
-    `arms` leaves the tuned arm out, which is `tuning.arm`; `support` holds arms that are not in the study but
-    that a yoked arm needs. `left_out` holds optional tasks whose data was not found, with the reason.
-    """
-
-    study: str
-    idea: str
-    scale: str
-    root_seed: int
-    n_seeds: int
-    tasks: tuple[str, ...]
-    optional_tasks: tuple[str, ...]
-    benchmark_tasks: tuple[str, ...]
-    arms: tuple[Arm, ...]
-    support: tuple[Arm, ...]
-    tuning: Tuning | None
-    sensitivity_lrs: tuple[float, ...]
-    sensitivity_seeds: int
-    settings: Mapping[str, Any]
-    user_config: Mapping[str, Any]
-    final_info: bool
-    left_out: tuple[Mapping[str, str], ...] = field(default=())
-
-    @property
-    def budget(self) -> str:
-        """What every arm's budget is in: FLOPs where an arm can change what a step costs, else optimizer steps.
-
-        They are the same for an arm that does not: FLOPs are those of the task's number of steps as the task has them.
-        """
-        arms = [*self.arms, *([self.tuning.arm] if self.tuning else [])]
-        return FLOPS if any(arm.changes_cost for arm in arms) else STEPS
-
-    def leave_out(self, task: str, why: str) -> Study:
-        """The study without one of its optional tasks."""
-        return replace(
-            self,
-            optional_tasks=tuple(name for name in self.optional_tasks if name != task),
-            benchmark_tasks=tuple(name for name in self.benchmark_tasks if name != task),
-            left_out=(*self.left_out, {"task": task, "why": why}),
-        )
 
 
 def study_names() -> dict[str, Path]:
@@ -252,6 +148,11 @@ def _check_tasks(file: StudyFile, where: str) -> None:
     twice = sorted({name for name in every if every.count(name) > 1})
     if twice:
         raise InputError(f"{where}: the task {twice[0]!r} is there twice (tasks, optional_tasks, benchmark_tasks)")
+    for key in ("restricted", "total_steps"):
+        given = getattr(file, key)
+        for name in given if isinstance(given, dict) else ():
+            if name not in known:
+                raise unknown_name(f"task in {key} of {where}", name, known)
 
 
 class _Resolver:
@@ -294,7 +195,21 @@ class _Resolver:
             settings={key: getattr(file, key) for key in _SETTINGS},
             user_config=file.user_config,
             final_info=file.final_info,
+            restricted=self._restricted(ids),
+            sensitivity_controls=file.sensitivity_controls,
         )
+
+    def _restricted(self, ids: set[str]) -> dict[str, Restriction]:
+        """Of the tasks and arms that are run, those that are restricted."""
+        file = self._file
+        found: dict[str, Restriction] = {}
+        for task, entry in file.restricted.items():
+            for name in entry.arms:
+                if name not in self._specs:
+                    raise unknown_name(f"arm in restricted.{task} of {self._where}", name, self._specs)
+            if task in (*file.tasks, *file.optional_tasks):
+                found[task] = entry.model_copy(update={"arms": tuple(name for name in entry.arms if name in ids)})
+        return found
 
     def _arm(self, name: str) -> Arm:
         prefix, _, rest = name.partition(":")
@@ -318,30 +233,54 @@ class _Resolver:
                 f"arm {name!r}: reward, learn_runs, learn_tasks and experience are for learned arms; this is a {kind}"
             )
         is_taught = registry.entries("agent")[agent].needs_brain
-        if is_taught and (spec.brain is None or spec.learn_runs):
+        if is_taught and spec.brain is None:
             raise InputError(
                 f"arm {name!r}: agent {agent!r} knows what it was taught before, and learns nothing in a run; expected "
-                "brain: FOLDER and no learn_runs"
+                "brain: NAME or FOLDER"
             )
+        learn_runs = spec.learn_runs
+        if learn_runs is None:  # the study's are for agents that begin without knowing anything
+            learn_runs = 0 if is_taught else self._file.learn_runs
         return Arm(
             id=name,
             agent=agent,
             kind=kind,
             of=None,
-            base=spec.base or ("constant" if kind == "learned" else None),
-            options=spec.options,
+            base=spec.base or ("constant" if kind == "learned" and not is_taught else None),
+            options=self._options(spec, agent),
             lr=self._rates(spec, agent),
-            reward=self._reward(spec) if kind == "learned" else None,
-            learn_runs=(self._file.learn_runs if spec.learn_runs is None else spec.learn_runs)
-            if kind == "learned" and not is_taught
-            else 0,
+            reward=self._reward(spec) if kind == "learned" and not (is_taught and spec.reward is None) else None,
+            learn_runs=learn_runs if kind == "learned" else 0,
             knobs=self._knobs(spec, kind),
             knob_options=self._knob_options(spec, kind),
             brain=self._brain(spec, kind),
             start=spec.start,
             learn_tasks=self._learn_tasks(spec, kind),
             experience=None if spec.experience is None else str(Path(spec.experience).expanduser().resolve()),
+            own_optimizer=self._own_optimizer(spec, kind),
         )
+
+    def _options(self, spec: ArmSpec, agent: str) -> dict[str, Any]:
+        """The agent's options: those of the preset, and what the arm says instead of them."""
+        if spec.preset is None or spec.brain is not None:  # the second is refused by `_brain`
+            return spec.options
+        try:
+            return {**preset_options(spec.preset, agent), **spec.options}
+        except InputError as error:
+            raise type(error)(f"arm {spec.id!r}: {error}") from error
+
+    def _own_optimizer(self, spec: ArmSpec, kind: str) -> str | None:
+        name = spec.own_optimizer
+        if name is None:
+            return None
+        if name not in _OWN_OPTIMIZERS:
+            raise unknown_name(f"own_optimizer of arm {spec.id!r}", name, _OWN_OPTIMIZERS)
+        if kind != "baseline" or spec.agent == "default-cosine":
+            raise InputError(
+                f"arm {spec.id!r}: own_optimizer is for a baseline, whose agent is the schedule over it, such as "
+                f"constant; this is a {kind} with the agent {spec.agent or spec.id!r}"
+            )
+        return name
 
     def _learn_tasks(self, spec: ArmSpec, kind: str) -> tuple[str, ...]:
         known = registry.names("task")
@@ -378,7 +317,17 @@ class _Resolver:
     def _check_search(self, spec: ArmSpec, agent: str, search: SearchSpec) -> SearchSpec:
         """The search with the defaults of its method, after a check of what needs no knob."""
         where = f"arm {spec.id!r}: search"
-        for key in ("kind", "base", "reward", "learn_runs", "knobs", "knob_options", "brain"):
+        for key in (
+            "kind",
+            "base",
+            "reward",
+            "learn_runs",
+            "knobs",
+            "knob_options",
+            "brain",
+            "own_optimizer",
+            "preset",
+        ):
             if key in spec.model_fields_set:
                 raise InputError(f"{where}: {key} is for arms that decide while a run goes on; leave it out")
         if agent not in _BASES:
@@ -398,10 +347,12 @@ class _Resolver:
     def _brain(self, spec: ArmSpec, kind: str) -> str | None:
         if spec.brain is None:
             return None
-        if kind != "learned" or spec.options:
+        if kind != "learned" or spec.options or spec.preset:
             raise InputError(
                 f"arm {spec.id!r}: brain is for learned arms, and brings the agent's options; leave one out"
             )
+        if brains.folder_of(spec.brain) is not None:
+            return spec.brain
         return str(Path(spec.brain).expanduser().resolve())
 
     def _knobs(self, spec: ArmSpec, kind: str) -> tuple[str, ...]:
@@ -470,6 +421,10 @@ class _Resolver:
             if spec.lr is not None:
                 raise InputError(f"arm {spec.id!r}: lr: default-cosine brings its own rate; leave lr out")
             return dict.fromkeys((*tasks, *benchmarks))
+        if spec.own_optimizer in WITHOUT_RATE:
+            if spec.lr is not None:
+                raise InputError(f"arm {spec.id!r}: lr: {spec.own_optimizer} finds its own rate; leave lr out")
+            return dict.fromkeys((*tasks, *benchmarks))
         given = self._file.lr if spec.lr is None else spec.lr
         owner = self._where if spec.lr is None else f"arm {spec.id!r}"
         if not isinstance(given, dict):
@@ -497,7 +452,7 @@ class _Resolver:
         if spec is None:
             return None
         arm = self._arm(spec.arm)
-        if arm.kind != "baseline" or arm.agent == "default-cosine":
+        if arm.kind != "baseline" or not arm.has_rate:
             raise InputError(f"{self._where}: tuning.arm: got {spec.arm!r}, expected a baseline with a rate to tune")
         if len(set(spec.lrs)) < len(spec.lrs):
             raise InputError(f"{self._where}: tuning.lrs: a rate is there twice")

@@ -23,9 +23,11 @@ __all__ = ["Job", "choose_rate", "first_difference", "plan_jobs", "study_json", 
 
 # Selection seeds start here, so that no rate is chosen on a seed that it is reported on.
 TUNING_SEEDS_FROM = 1000
-# Keys of study.json that do not say what was asked for: filled in on the way, or words.
 # Keys of an arm that came later, which are left out where they are not used.
-_ADDED = ("start", "knob_options", "search", "learn_tasks", "experience")
+_ADDED = ("start", "knob_options", "search", "learn_tasks", "experience", "own_optimizer")
+# Keys of study.json that came later, and are left out in the same way.
+_LATER = ("restricted", "sensitivity_controls")
+# Keys of study.json that do not say what was asked for: filled in on the way, or words.
 _NOT_ASKED = ("environment", "left_out", "idea", "schema", "budget")
 
 
@@ -36,7 +38,8 @@ class Job:
     `seed` numbers the run within its study, from 0; the run's generators come from it and `root_seed`.
     `initial_lr`, `total_steps`, `every`, `weight_decay` and `optimizer` are the task's own where they are
     None; `start` has settings of the loop instead of its own. `replay_from` is the folder of the run whose
-    decisions a yoked run replays. `search` makes it a whole search, of the knobs in `knobs`.
+    decisions a yoked run replays. `search` makes it a whole search, of the knobs in `knobs`. `own_optimizer` is a
+    name in `trimtab.training.own_optimizers`, instead of `optimizer`.
     """
 
     study: str
@@ -71,6 +74,7 @@ class Job:
     search: Mapping[str, Any] | None = None
     learn_tasks: tuple[str, ...] = ()
     experience: str | None = None
+    own_optimizer: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict of JSON types."""
@@ -85,11 +89,12 @@ def plan_jobs(study: Study) -> list[Job]:
     everywhere = [(task, "report") for task in _main_tasks(study)]
     everywhere += [(task, "benchmark") for task in study.benchmark_tasks]
     for task, role in everywhere:
-        for arm in study.arms:
+        n_seeds = study.seeds_on(task)
+        for arm in study.arms_on(task):
             if arm.kind != "yoked":
-                first += [_job(study, arm, task, role, seed, arm.lr[task]) for seed in range(study.n_seeds)]
+                first += [_job(study, arm, task, role, seed, arm.lr[task]) for seed in range(n_seeds)]
                 continue
-            for seed in range(study.n_seeds):
+            for seed in range(n_seeds):
                 partner = _partner(study, arm, task, role, seed)
                 first += [partner] if partner.role == "support" else []
                 twin = _job(study, arm, task, role, seed, arm.lr[task])
@@ -103,7 +108,7 @@ def tuning_jobs(study: Study) -> list[Job]:
         return []
     return [
         _job(study, study.tuning.arm, task, "tuning", TUNING_SEEDS_FROM + k, lr)
-        for task in _main_tasks(study)
+        for task in _whole_tasks(study)
         for lr in study.tuning.lrs
         for k in range(study.tuning.n_seeds)
     ]
@@ -114,7 +119,7 @@ def tuned_jobs(study: Study, task: str, rate: float) -> list[Job]:
 
     On the benchmark tasks it runs untouched, at the rate of the study's first task.
     """
-    if study.tuning is None:
+    if study.tuning is None or task in study.restricted:
         return []
     places = [(task, "report")]
     places += [(name, "benchmark") for name in study.benchmark_tasks if task == study.tasks[0]]
@@ -156,8 +161,13 @@ def study_json(
             "n_seeds": study.tuning.n_seeds,
             "chosen": chosen,
         }
+    later: dict[str, Any] = {"sensitivity_controls": True} if study.sensitivity_controls else {}
+    if study.restricted:
+        restricted = study.restricted.items()
+        later["restricted"] = {task: {"arms": list(entry.arms), "n_seeds": entry.n_seeds} for task, entry in restricted}
     return {
         "schema": 1,
+        **later,
         "study": study.study,
         "idea": study.idea,
         "budget": study.budget,
@@ -183,9 +193,10 @@ def first_difference(there: Any, asked: Mapping[str, Any]) -> str | None:
     """Say where a folder's study.json and what is asked for now differ first; None where they do not."""
     if not isinstance(there, dict):
         raise InputError("study.json holds no plan; was it written by trimtab?")
-    for key, value in asked.items():
+    for key in (*asked, *(key for key in _LATER if key not in asked)):
         if key in _NOT_ASKED:
             continue
+        value = asked.get(key)
         old, new = _as_asked(key, there.get(key)), _as_asked(key, value)
         if old != new:
             if key == "arms" and len(old or []) != len(new or []):
@@ -198,33 +209,52 @@ def _main_tasks(study: Study) -> tuple[str, ...]:
     return (*study.tasks, *study.optional_tasks)
 
 
+def _whole_tasks(study: Study) -> tuple[str, ...]:
+    """Those that are run from other rates too, and tuned."""
+    return tuple(task for task in _main_tasks(study) if task not in study.restricted)
+
+
 def _sensitivity_jobs(study: Study) -> list[Job]:
     jobs = []
-    for task in _main_tasks(study):
+    for task in _whole_tasks(study):
         for arm in study.arms:
-            if arm.kind in ("placebo", "yoked") or not arm.has_rate:
-                continue  # the controls are about the main rate; default-cosine and most searches bring their own
+            is_control = arm.kind in ("placebo", "yoked")
+            if (is_control and not study.sensitivity_controls) or not arm.has_rate:
+                continue  # without it the controls are about the main rate; default-cosine and others bring their own
             rates = [rate for rate in study.sensitivity_lrs if rate != arm.lr[task]]
-            jobs += [
-                _job(study, arm, task, "sensitivity", seed, rate)
-                for rate in rates
-                for seed in range(study.sensitivity_seeds)
-            ]
-    return jobs
+            jobs += [_job(study, arm, task, "sensitivity", seed, rate) for rate in rates for seed in _seeds(study, arm)]
+    return [replace(job, replay_from=_other_seed(study, job)) if job.kind == "yoked" else job for job in jobs]
+
+
+def _seeds(study: Study, arm: Arm) -> range:
+    """Seeds of an arm's runs from other rates; of a twin none, where no other seed of its arm is run from them."""
+    has_partner = arm.of in {other.id for other in study.arms} and study.sensitivity_seeds > 1
+    return range(study.sensitivity_seeds if arm.kind != "yoked" or has_partner else 0)
+
+
+def _other_seed(study: Study, twin: Job) -> str:
+    """The run that a twin replays, from the same rate: its arm's under the next seed."""
+    arm = next(arm for arm in study.arms if arm.id == twin.of)
+    seed = (twin.seed + 1) % study.sensitivity_seeds
+    return _job(study, arm, twin.task, "sensitivity", seed, twin.initial_lr).directory
 
 
 def _partner(study: Study, twin: Arm, task: str, role: str, seed: int) -> Job:
     """The run that a yoked run replays: its arm's under the next seed, a support run where there is none."""
-    reported = {arm.id: arm for arm in study.arms}
-    arm = reported.get(str(twin.of)) or next(arm for arm in study.support if arm.id == twin.of)
-    if arm.id in reported and study.n_seeds > 1:
-        return _job(study, arm, task, role, (seed + 1) % study.n_seeds, arm.lr[task])
-    other = (seed + 1) % study.n_seeds if study.n_seeds > 1 else 1
+    n_seeds = study.seeds_on(task)
+    reported = {arm.id for arm in study.arms_on(task)}
+    arm = next(arm for arm in (*study.arms, *study.support) if arm.id == twin.of)
+    if arm.id in reported and n_seeds > 1:
+        return _job(study, arm, task, role, (seed + 1) % n_seeds, arm.lr[task])
+    other = (seed + 1) % n_seeds if n_seeds > 1 else 1
     return _job(study, arm, task, "support", other, arm.lr[task])
 
 
 def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | None) -> Job:
     rate = "task" if lr is None else repr(lr)
+    settings = dict(study.settings)
+    if isinstance(settings["total_steps"], Mapping):
+        settings["total_steps"] = settings["total_steps"].get(task)
     return Job(
         study=study.study,
         arm=arm.id,
@@ -248,10 +278,11 @@ def _job(study: Study, arm: Arm, task: str, role: str, seed: int, lr: float | No
         search=None if arm.search is None else dict(arm.search),
         learn_tasks=arm.learn_tasks,
         experience=arm.experience,
+        own_optimizer=arm.own_optimizer,
         placebo=arm.kind == "placebo",
         replay_from=None,
         directory=f"runs/{task}/{arm.id}/{role}/lr-{rate}/seed-{seed}",
-        **study.settings,
+        **settings,
     )
 
 

@@ -28,7 +28,7 @@ class Arm:
 
     Attributes:
         id: Its name in the study.
-        agent: Registered name of what decides.
+        agent: Registered name of what decides; of a baseline with an optimizer of its own, that one's.
         kind: "baseline", "learned", "rule", "search", "placebo" or "yoked".
         of: The arm it is the placebo or the twin of.
         base: The schedule under it.
@@ -137,6 +137,15 @@ class StudyFolder:
         found = (run.initial_lr for run in self.of(arm=arm.id, task=task, role=role) if run.initial_lr is not None)
         return planned if planned is not None else next(found, None)
 
+    def arms_on(self, task: str) -> tuple[Arm, ...]:
+        """The arms that a task is run with: all of them, where the plan does not name those that are."""
+        restriction = (self.plan.get("restricted") or {}).get(task)
+        return self.arms if restriction is None else tuple(arm for arm in self.arms if arm.id in restriction["arms"])
+
+    def seeds_on(self, task: str) -> int:
+        """How many seeds each arm has on a task."""
+        return _seeds_on(self.plan, task)
+
     @property
     def budget(self) -> str:
         """What budgets are in, `design.STEPS` or `design.FLOPS`."""
@@ -193,13 +202,14 @@ def _arms(plan: Any, out: Path) -> tuple[Arm, ...]:
         return tuple(
             Arm(
                 id=str(row["id"]),
-                agent=str(row.get("agent") or row["id"]),
+                agent=str(row.get("own_optimizer") or row.get("agent") or row["id"]),
                 kind=str(row["kind"]),
                 of=row.get("of"),
                 base=row.get("base"),
                 options=dict(row.get("options") or {}),
                 lr=dict(row.get("lr") or {}),
                 chooses_rate=row.get("agent") == "default-cosine"
+                or row.get("own_optimizer") == "prodigy"
                 or (row["kind"] == "search" and "lr" in (row.get("knobs") or ())),
                 knobs=tuple(row.get("knobs") or ("lr",)),
                 learn_runs=int(row.get("learn_runs") or 0),
@@ -282,26 +292,38 @@ def _last_line(path: Path) -> str:
     return lines[-1] if lines else "no reason was written"
 
 
+def _seeds_on(plan: Mapping[str, Any], task: str) -> int:
+    return int(((plan.get("restricted") or {}).get(task) or plan).get("n_seeds") or 0)
+
+
 def _planned(
     plan: Mapping[str, Any], arms: tuple[Arm, ...], tasks: tuple[str, ...], benchmark_tasks: tuple[str, ...]
 ) -> dict[tuple[str, str, str], int]:
     """How many runs the plan asks for, by role, arm and task; the same that trimtab.experiments.plan makes."""
-    n_seeds = int(plan.get("n_seeds") or 0)
-    n_sensitivity = int(plan.get("sensitivity_seeds") or n_seeds)
+    n_sensitivity = int(plan.get("sensitivity_seeds") or plan.get("n_seeds") or 0)
+    restricted = plan.get("restricted") or {}
     tuning = plan.get("tuning") or {}
     ids = [arm.id for arm in arms]
     planned: dict[tuple[str, str, str], int] = {}
     for role, where in (("report", tasks), ("benchmark", benchmark_tasks)):
         for task in where:
+            here = restricted[task]["arms"] if task in restricted else ids
+            n_seeds = _seeds_on(plan, task)
             for arm in arms:
+                if arm.id not in here:
+                    continue
                 planned[role, arm.id, task] = n_seeds
-                if arm.kind == "yoked" and (arm.of not in ids or n_seeds == 1):
+                if arm.kind == "yoked" and (arm.of not in here or n_seeds == 1):
                     planned["support", str(arm.of), task] = n_seeds
-    for task in tasks:
+    for task in (name for name in tasks if name not in restricted):
         if tuning:
             planned["tuning", str(tuning.get("arm")), task] = len(tuning["lrs"]) * int(tuning["n_seeds"])
         for arm in arms:
-            has_rate = arm.kind not in ("placebo", "yoked") and not arm.chooses_rate
+            has_rate = not arm.chooses_rate
+            if arm.kind in ("placebo", "yoked"):
+                has_rate = bool(plan.get("sensitivity_controls")) and has_rate
+            if arm.kind == "yoked" and (arm.of not in ids or n_sensitivity < 2):
+                has_rate = False
             if has_rate and arm.id != tuning.get("arm"):
                 rates = [rate for rate in plan.get("sensitivity_lrs") or [] if rate != arm.lr.get(task)]
                 planned["sensitivity", arm.id, task] = len(rates) * n_sensitivity

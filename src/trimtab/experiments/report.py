@@ -16,6 +16,7 @@ from trimtab.experiments.document import Block, Bullets, Diff, Heading, Image, N
 from trimtab.experiments.final_info import write_final_info
 from trimtab.experiments.plot_style import Plot
 from trimtab.experiments.reading import StudyFolder, read_study
+from trimtab.experiments.report_grid import grid_tables
 from trimtab.experiments.report_html import to_html
 from trimtab.experiments.report_tables import plan_table, rate, result_tables
 from trimtab.experiments.results import collect_study
@@ -111,6 +112,9 @@ def _plan(study: StudyFolder, results: Mapping[str, Any]) -> list[Block]:
     if plan.get("sensitivity_lrs"):
         listed = words.listing([f"{value:g}" for value in plan["sensitivity_lrs"]])
         items.append(f"Sensitivity: the arms are also run from initial rates of {listed}.")
+    for task, entry in (plan.get("restricted") or {}).items():
+        few = words.count(int(entry["n_seeds"]), "seed")
+        items.append(f"{task} is run with {words.listing(entry['arms'])} alone, from their main rate, {few} each.")
     environment = ", ".join(f"{name} {value}" for name, value in (plan.get("environment") or {}).items())
     items.append(f"Environment: {environment or 'not recorded'}.")
     items += [f"Left out: {entry.get('task')}, since {entry.get('why')}." for entry in results["left_out"]]
@@ -176,6 +180,8 @@ def _results(task: str, results: Mapping[str, Any], pictures: list[Plot]) -> lis
         by_kind.setdefault(plot.kind, []).append(Image(plot.path, plot.alt, plot.caption))
     outcome, *others = result_tables(rows, results["thresholds"][task])
     blocks += [outcome, *by_kind.get("loss", []), *by_kind.get("differences", []), *others]
+    entries = [entry for entry in results["grid"] if entry["task"] == task]
+    blocks += grid_tables(entries, rows, results["tuned_arm"])
     return [*blocks, *by_kind.get("sensitivity", []), *by_kind.get("knob", []), *by_kind.get("reward", [])]
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from trimtab.experiments import words
 from trimtab.experiments.document import Table
 
-__all__ = ["plan_table", "rate", "result_tables"]
+__all__ = ["COST", "plan_table", "rate", "result_tables"]
 
-_COST = "cost before use"
+COST = "cost before use"
 _MEANINGS = {
     "tuned": "the tuned schedule",
     "placebo": "its placebo: decisions against none",
@@ -49,7 +49,7 @@ def plan_table(arms: Sequence[Mapping[str, Any]], tasks: Sequence[str], rates: M
             [
                 str(arm["id"]),
                 _kind(arm),
-                str(arm.get("agent") or arm["id"]),
+                " over ".join(str(name) for name in (arm.get("agent") or arm["id"], arm.get("own_optimizer")) if name),
                 str(arm.get("base") or "–"),
                 options or "–",
                 *([knobs] if names_knobs else []),
@@ -124,7 +124,7 @@ def _outcome(rows: Sequence[Row]) -> Table:
     ]
     heads = [head for _, head in [*losses[:1], *scores, *losses[1:]]]
     caption = "Outcome, by mean test loss. Mean and 95 % interval; under five seeds the range and every value."
-    return Table(caption, ["arm", _COST, "initial rate", "runs", *heads], table)
+    return Table(caption, ["arm", COST, "initial rate", "runs", *heads], table)
 
 
 def _differences(rows: Sequence[Row]) -> Table:
@@ -143,7 +143,7 @@ def _differences(rows: Sequence[Row]) -> Table:
     return Table(
         "Differences, arm minus reference, paired by seed: below zero is a gain. Only the gain over the yoked twin "
         "speaks for control rather than for a better schedule.",
-        ["arm", _COST, "gain over", "test loss", "best validation loss"],
+        ["arm", COST, "gain over", "test loss", "best validation loss"],
         table,
     )
 
@@ -171,7 +171,7 @@ def _budget(rows: Sequence[Row]) -> Table:
         "Budget used, means over seeds. Training FLOPs are those of matrix products, convolutions and attention, "
         "forward and backward; a run ends where what is left of its budget pays for no further step."
     )
-    columns = ["arm", _COST, "training GFLOPs", "share of the budget", "optimizer steps", "samples", "training time, s"]
+    columns = ["arm", COST, "training GFLOPs", "share of the budget", "optimizer steps", "samples", "training time, s"]
     return Table(caption, columns, table if any(row["metrics"]["flops"]["n"] for row in rows) else [])
 
 
@@ -180,7 +180,7 @@ def _trainer(rows: Sequence[Row]) -> Table:
     shown = [name for name in names if any(row["metrics"][name]["n"] for row in rows)]
     table = [[row["id"], words.cost(row["cost"]), *(_mean(row, name) for name in shown)] for row in rows]
     caption = "Evaluation under the names that trainers use, means over seeds."
-    return Table(caption, ["arm", _COST, *shown], table if shown else [])
+    return Table(caption, ["arm", COST, *shown], table if shown else [])
 
 
 def _speed(rows: Sequence[Row], threshold: Mapping[str, Any]) -> Table:
@@ -204,7 +204,7 @@ def _speed(rows: Sequence[Row], threshold: Mapping[str, Any]) -> Table:
         f"Speed, means over seeds. {first} Plateau: the first interval from which the validation loss, smoothed over "
         "three, improves by less than 1 % until the end. A mean is given where every seed gets there."
     )
-    return Table(caption, ["arm", _COST, *(head for _, head in shown)], table if shown else [])
+    return Table(caption, ["arm", COST, *(head for _, head in shown)], table if shown else [])
 
 
 def _control(rows: Sequence[Row]) -> Table:
@@ -228,7 +228,7 @@ def _control(rows: Sequence[Row]) -> Table:
         "Control, means over seeds. Spread of the knobs: mean over the run of the standard deviation across seeds of "
         "log10 of the knob (0.3 is a factor of two). Pays back after: training runs until the tuning runs that the "
         "arm saves have cost as much as learning it.",
-        ["arm", _COST, "decisions", "interventions", "rollbacks", "controller's share of time", "spread of knobs",
+        ["arm", COST, "decisions", "interventions", "rollbacks", "controller's share of time", "spread of knobs",
          "pays back after", "because"],
         table,
     )  # fmt: skip
@@ -257,7 +257,7 @@ def _searches(rows: Sequence[Row]) -> Table:
         "Searches, seed by seed. The winner is the trial with the lowest validation loss at its end; it alone is read "
         "on test. One run: the first trial, with values drawn at random and, of a shared "
         "budget, its share.",
-        ["arm", _COST, "seed", "trials", "values of the winner", "final validation loss", "that of one run"],
+        ["arm", COST, "seed", "trials", "values of the winner", "final validation loss", "that of one run"],
         table,
     )
 
@@ -298,7 +298,7 @@ def _sensitivity(rows: Sequence[Row]) -> Table | None:
     return Table(
         "Sensitivity to the initial rate: mean final validation loss by initial rate, over the seeds that all rates "
         "of the arm share; geometric spread is exp of the standard deviation of their logarithms.",
-        ["arm", _COST, "worst / best", "geometric spread", *(f"from {value:g}" for value in rates), "seeds"],
+        ["arm", COST, "worst / best", "geometric spread", *(f"from {value:g}" for value in rates), "seeds"],
         table,
     )
 

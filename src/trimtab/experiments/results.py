@@ -13,6 +13,7 @@ from typing import Any
 
 from trimtab.experiments import conclusions, metrics
 from trimtab.experiments.design import FLOPS
+from trimtab.experiments.grid import collect_grid
 from trimtab.experiments.reading import Arm, Run, StudyFolder, read_study
 from trimtab.experiments.stats import compare, summarize
 
@@ -38,7 +39,7 @@ def collect(out: Path) -> dict[str, Any]:
 def collect_study(study: StudyFolder) -> dict[str, Any]:
     """As `collect`, of a study that was read already."""
     thresholds = {task: _threshold(study, task) for task in study.tasks}
-    rows = [_row(study, arm, task, "report", thresholds[task]) for task in study.tasks for arm in study.arms]
+    rows = [_row(study, arm, task, "report", thresholds[task]) for task in study.tasks for arm in study.arms_on(task)]
     benchmark_thresholds = {task: _threshold(study, task, "benchmark") for task in study.benchmark_tasks}
     benchmark = [
         _row(study, arm, task, "benchmark", benchmark_thresholds[task])
@@ -66,6 +67,7 @@ def collect_study(study: StudyFolder) -> dict[str, Any]:
         "user_arm": {task: _user_arm(study, task) for task in study.tasks},
         "thresholds": thresholds,
         "arms": rows,
+        "grid": collect_grid(study, rows, thresholds),
         "benchmark": {
             "tasks": list(study.benchmark_tasks),
             "thresholds": benchmark_thresholds,
@@ -109,7 +111,7 @@ def _row(study: StudyFolder, arm: Arm, task: str, role: str, threshold: Mapping[
         "sensitivity": metrics.sensitivity([*study.of(arm=arm.id, task=task, role="sensitivity"), *own])
         if role == "report"
         else None,
-        "status": _status(study, seeds, runs),
+        "status": _status(study.seeds_on(task), seeds, runs),
     }
 
 
@@ -122,9 +124,9 @@ def _summary(name: str, values: Sequence[float | None]) -> dict[str, Any]:
     return summary
 
 
-def _status(study: StudyFolder, seeds: Sequence[int], runs: Mapping[int, Run]) -> dict[str, Any]:
+def _status(n_planned: int, seeds: Sequence[int], runs: Mapping[int, Run]) -> dict[str, Any]:
     """What became of the planned runs: counts that add up to "planned"."""
-    planned = max(int(study.plan.get("n_seeds") or 0), len(seeds), len(runs))
+    planned = max(n_planned, len(seeds), len(runs))
     counts = {
         status: sum(run.status == status for run in runs.values())
         for status in ("done", "gave_up", "failed", "unfinished")
@@ -179,7 +181,8 @@ def _references(study: StudyFolder, arm: Arm, task: str) -> dict[str, list[str]]
             add(name, what)
     if arm.kind not in ("placebo", "yoked"):
         add(_user_arm(study, task), "user")
-    return found
+    here = {other.id for other in study.arms_on(task)}
+    return {reference: roles for reference, roles in found.items() if reference in here}
 
 
 def _siblings(study: StudyFolder, arm: Arm) -> list[tuple[str, str]]:
@@ -201,7 +204,7 @@ def _user_arm(study: StudyFolder, task: str) -> str | None:
     """The baseline arm that does what the user's own configuration does: its schedule, at its rate if one has it."""
     config = study.plan.get("user_config") or {}
     schedule = config.get("schedule")
-    same = [arm for arm in study.arms if arm.kind == "baseline" and schedule in (arm.agent, arm.id)]
+    same = [arm for arm in study.arms_on(task) if arm.kind == "baseline" and schedule in (arm.agent, arm.id)]
     rate = config.get("lr")
     rate = rate.get(task) if isinstance(rate, Mapping) else rate
     exact = [arm for arm in same if rate is not None and study.rate(arm, task) == rate]

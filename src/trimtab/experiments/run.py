@@ -33,6 +33,7 @@ KINDS = ("pruning",)  # of study files, beside those that control training and n
 RUN_ONE = "trimtab.experiments.single:run_one"
 CHECK_JOB = "trimtab.experiments.single:check_job"
 CHECK_SEARCHES = "trimtab.experiments.searches:check_searches"
+CHECK_OPTIMIZERS = "trimtab.experiments.single:check_own_optimizers"
 
 
 @dataclass(frozen=True)
@@ -255,9 +256,13 @@ def _check_jobs(study: Study, unfinished: Iterable[Job], data_dir: Path | None, 
     check = _resolve(CHECK_JOB)
     for job in first.values():
         check(job.to_json())
-    found = [job.to_json() for job in first.values() if job.search is not None]
-    if found:
-        _resolve(CHECK_SEARCHES)(found, None if data_dir is None else str(data_dir))
+    folder = None if data_dir is None else str(data_dir)
+    searches = [job.to_json() for job in first.values() if job.search is not None]
+    if searches:
+        _resolve(CHECK_SEARCHES)(searches, folder)
+    others = [job.to_json() for job in first.values() if job.own_optimizer is not None]
+    if others:
+        _resolve(CHECK_OPTIMIZERS)(others, folder)
 
 
 def _load(study: Study, task: str, data_dir: Path | None) -> None:

@@ -26,7 +26,17 @@ from trimtab.yaml_files import (
     whole,
 )
 
-__all__ = ["SCALES", "ArmSpec", "Rate", "SearchSpec", "StudyFile", "TuningSpec", "parse_scales", "parse_study"]
+__all__ = [
+    "SCALES",
+    "ArmSpec",
+    "Rate",
+    "Restriction",
+    "SearchSpec",
+    "StudyFile",
+    "TuningSpec",
+    "parse_scales",
+    "parse_study",
+]
 
 SCALES = ("smoke", "small", "full")
 # What an arm may begin with instead of the task's own.
@@ -131,10 +141,13 @@ class ArmSpec(Strict):
     of transitions of earlier runs, such as OUT/experience of another study, from which the agent learns before.
     `knobs` are what
     a learned arm moves together, `[lr]` where they are not given, and `knob_options` their bounds and other options:
-    `{units: {high: 128, noise: 0.01}}`. `brain` is the folder of one saved before, from
-    which a learned arm goes on; it brings the agent's options. `start` has settings of the loop that a run of the arm
-    begins with instead of the task's, and keeps where no knob moves them: `{batch_size: 128, accumulation: 4}`.
-    `search` makes the arm a search, whose trials train under the schedule that `agent` names.
+    `{units: {high: 128, noise: 0.01}}`. `preset` names options of the agent, which `options` may change. `brain` is the
+    folder of one saved before, or the name of one we ship, from which a learned arm goes on; it brings the agent's
+    options. An agent that was taught before is taught on in `learn_runs`, where the arm itself gives them. `start` has
+    settings of the loop that a run of the arm begins with instead of the task's, and keeps where no knob moves them:
+    `{batch_size: 128, accumulation: 4}`.
+    `own_optimizer`, "schedule-free" or "prodigy" (extra `baselines`), makes a baseline train with that instead of the
+    task's optimizer. `search` makes the arm a search, whose trials train under the schedule that `agent` names.
     """
 
     id: Annotated[str, Field(pattern=rf"^((placebo|yoked):)?{_NAME}$")]
@@ -151,6 +164,8 @@ class ArmSpec(Strict):
     knob_options: dict[Text, Options] = Field(default_factory=dict)
     brain: Text | None = None
     start: _Start = Field(default_factory=dict)
+    own_optimizer: Text | None = None
+    preset: Text | None = None
     search: SearchSpec | None = None
 
 
@@ -159,6 +174,13 @@ class TuningSpec(Strict):
 
     arm: Text
     lrs: Annotated[tuple[Positive, ...], Field(min_length=2)]
+    n_seeds: Count
+
+
+class Restriction(Strict):
+    """The arms that a task is run with, at their main rate alone, and on how many seeds."""
+
+    arms: Annotated[tuple[Text, ...], Field(min_length=1)]
     n_seeds: Count
 
 
@@ -177,12 +199,15 @@ class StudyFile(Strict):
         lr: Initial rate: a number, a mapping from tasks to numbers, or "task" (the task's own).
         weight_decay: Instead of the task's own; so are `optimizer` and `total_steps`.
         optimizer: See above.
-        total_steps: See above.
+        total_steps: See above; one number, or a mapping from tasks to numbers (others keep their own).
+        restricted: Task -> the arms that it is run with, at their main rate alone, and its number of seeds: for tasks
+            that are too dear to be run with all arms.
         every: Optimizer steps between decisions, or "epoch"; the task's own where it is not given.
         reward: Of learned arms; the agent's own where it is not given.
         learn_runs: Whole runs that a learned arm learns from before each run that counts.
         sensitivity_lrs: Other initial rates to run every deciding arm and baseline from.
         sensitivity_seeds: Seeds of these runs; `n_seeds` where it is not given.
+        sensitivity_controls: Whether placebos and yoked twins are run from these rates too, each twin beside its arm.
         tuning: The search for one baseline's rate, which makes the arm `tuned-ARM`.
         user_config: The user's own settings, from which the report recommends changes.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -203,12 +228,14 @@ class StudyFile(Strict):
     lr: _Rate = "task"
     weight_decay: NotNegative | None = None
     optimizer: Literal["sgd", "adam", "adamw"] | None = None
-    total_steps: Count | None = None
+    total_steps: Count | dict[Text, Count] | None = None
+    restricted: dict[Text, Restriction] = Field(default_factory=dict)
     every: _Every | None = None
     reward: Text | None = None
     learn_runs: Natural = 0
     sensitivity_lrs: tuple[Positive, ...] = ()
     sensitivity_seeds: Count | None = None
+    sensitivity_controls: Annotated[bool, Field(strict=True)] = False
     tuning: TuningSpec | None = None
     user_config: Options = Field(default_factory=dict)
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "cpu"

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from trimtab.brain import Brain
 from trimtab.controller import Controller
 from trimtab.errors import InputError
 from trimtab.experiments.experience import check_experience, read_experience, store_run
+from trimtab.experiments.fine_tuning import REWARD, Explorer, check_fine_tuning
 from trimtab.experiments.jobs import (
     Job,
     Progress,
@@ -40,8 +42,9 @@ from trimtab.spec import ControlSpec, make_agent
 from trimtab.storage import RunDirectory, append_lines, load_state, read_lines, save_state
 from trimtab.tasks.base import Data, Task
 from trimtab.training.loop import TrainingLoop
+from trimtab.training.own_optimizers import check_own_optimizer, put_in
 
-__all__ = ["check_job", "run_one"]
+__all__ = ["check_job", "check_own_optimizers", "run_one"]
 
 # Losing more than this to a kill would be noticed; a checkpoint of the small GPT takes about 50 ms.
 CHECKPOINT_EVERY_S = 15.0
@@ -67,6 +70,8 @@ def check_job(job: Job) -> None:
     """
     try:
         task = make_task(job)
+        if job.get("own_optimizer") is not None:
+            check_own_optimizer(job["own_optimizer"])
         if job["kind"] == "yoked":
             return  # it replays what its partner, checked as an arm of its own, will have decided
         if job.get("search") is not None:
@@ -74,10 +79,27 @@ def check_job(job: Job) -> None:
         agent = _make_agent(job, task)
         spec = _make_spec(job, task, agent)
         spec.make_knobs()
+        if job["learn_runs"]:
+            check_fine_tuning(agent)
         if job.get("experience") is not None:
             check_experience(job, spec, agent)
     except InputError as error:
         raise type(error)(f"arm {job['arm']!r} on {job['task']!r}: {error}") from error
+
+
+def check_own_optimizers(jobs: Iterable[Job], data_dir: str | None) -> None:
+    """Check, without training, that jobs with an optimizer of their own can have it on their task's network.
+
+    Raises:
+        InputError: One cannot; the message names the arm.
+    """
+    for job in sorted(jobs, key=lambda job: str(job["task"])):
+        try:
+            data = load_data(job["task"], job["scale"], data_dir)
+            put_in(TrainingLoop(make_task(job), data, seed=0), job["own_optimizer"])
+        except InputError as error:
+            raise type(error)(f"arm {job['arm']!r} on {job['task']!r}: {error}") from error
+    load_data.cache_clear()  # it is the workers that need it
 
 
 def run_one(job: Job, out: str, data_dir: str | None, progress: Progress) -> dict[str, Any]:
@@ -165,7 +187,7 @@ def _make_spec(job: Job, task: Task, agent: Agent) -> ControlSpec:
     changes: dict[str, Any] = {"knobs": tuple(job["knobs"])}
     brain = None if job["brain"] is None else Brain.load(job["brain"])
     if brain is not None:  # what an arm cannot say is the brain's
-        changes |= {key: getattr(brain.spec, key) for key in ("penalty", "turns", "masks")}
+        changes |= {key: getattr(brain.spec, key) for key in ("reward", "penalty", "turns", "masks")}
         if brain.spec.knobs == changes["knobs"]:
             changes["knob_options"] = brain.spec.knob_options
     if job["knob_options"]:
@@ -249,6 +271,8 @@ class _Run:
             precision=job["precision"],
         )
         begin_with(loop, job["start"], job["arm"])
+        if job.get("own_optimizer") is not None:
+            put_in(loop, job["own_optimizer"])
         controller = Controller(
             agent,
             optimizer=loop.optimizer,
@@ -295,12 +319,17 @@ class _Run:
             agent.reseed(_exploration_seed(self.job))
 
     def _learn_on(self, names: list[str], agent: Agent, data_dir: str | None) -> None:
+        explorer = Explorer(agent) if agent.is_taught else None
         for number in range(self.job["learn_runs"]):
             job = {**self.job, "task": names[number % len(names)]}
             task = make_task(job)
             data = load_data(job["task"], job["scale"], data_dir)
             seed = derive_seed(self.job["root_seed"], "learning", self.job["seed"], number)
-            loop, controller = self._make(task, agent, _make_spec(job, task, agent), data, seed)
+            spec = _make_spec(job, task, agent)
+            if explorer is not None:
+                explorer.begin_run()
+                spec = replace(spec, reward=REWARD)
+            loop, controller = self._make(task, explorer or agent, spec, data, seed)
             self._validate(loop, controller)
             while not loop.is_over() and controller.status == "running":
                 loss = loop.step()
@@ -310,6 +339,8 @@ class _Run:
             self.learning["runs"] += 1
             self.learning["optimizer_steps"] += loop.steps_done
             self.learning["flops"] += loop.flops_used
+        if explorer is not None:
+            self.learning["transitions"] += explorer.teach()
 
     def _begin(self, spec: ControlSpec) -> None:
         job = self.job
@@ -422,7 +453,7 @@ class _Run:
             "flops": loop.flops_used,
             "budget_used": loop.spent / loop.total_steps,
         }
-        if controller.agent.is_learned and not self.job["placebo"]:
+        if (controller.agent.is_learned or self.learning["runs"]) and not self.job["placebo"]:
             self._save_brain()
         notes = [decision.note for decision in controller.decisions if decision.source in ("guard", "gave_up")]
         if not math.isfinite(test["loss"]):

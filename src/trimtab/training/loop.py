@@ -34,6 +34,7 @@ from trimtab.seeding import derive_seed, scoped_global_rng, torch_generator
 from trimtab.surgery import Surgeon
 from trimtab.tasks.base import Data, Split, Task
 from trimtab.training.batches import Batches, EpochBatches, WindowBatches, fixed_batches, fixed_windows
+from trimtab.training.own_optimizers import evaluated_weights
 
 __all__ = ["TrainingLoop", "make_optimizer"]
 
@@ -309,7 +310,7 @@ class TrainingLoop:
         self.test_reads += split == "test"
         self.model.eval()
         try:
-            with torch.no_grad(), scoped_global_rng(None, self.device):
+            with torch.no_grad(), scoped_global_rng(None, self.device), evaluated_weights(self.optimizer):
                 return self._measure(split)
         finally:
             self.model.train()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trimtab.agents.q_learning import FACTORS
 from trimtab.errors import InputError, UnknownNameError
 from trimtab.experiments.design import load_study, study_names
 from trimtab.experiments.schema import parse_study
@@ -90,6 +91,32 @@ def test_a_taught_agent_has_a_brain_and_no_learning_runs(tmp_path):
     study = load_study(write(tmp_path, text + "learn_runs: 4\n"))
     assert [arm.learn_runs for arm in study.arms] == [4, 0]
     assert study.arms[1].brain == str(tmp_path / "b")
+
+
+def test_a_taught_agent_may_have_a_brain_by_name_and_be_taught_on(tmp_path):
+    arms = "[{id: a, agent: ppo, brain: default, base: cosine}, {id: b, agent: ppo, brain: default, learn_runs: 3}]"
+    study = load_study(write(tmp_path, GOOD.replace("[constant, q_learning]", arms) + "reward: improvement\n"))
+    assert [(arm.brain, arm.base, arm.reward, arm.learn_runs) for arm in study.arms] == [
+        ("default", "cosine", None, 0),
+        ("default", None, None, 3),
+    ]
+
+
+def test_a_preset_gives_options_that_an_arm_may_change(tmp_path):
+    arms = "[{id: a, agent: q_learning, preset: paper}, {id: b, agent: deep_q, preset: paper, options: {gamma: 0.5}}]"
+    study = load_study(write(tmp_path, GOOD.replace("[constant, q_learning]", arms)))
+    a, b = (arm.options for arm in study.arms)
+    assert (a["gamma"], a["learning_rate"], a["epsilon"], a["every"]) == (0.99, 1e-4, 0.1, "epoch")
+    assert b == {**a, "gamma": 0.5}
+    assert FACTORS[a["actions"]] == (0.9, 1.0, 1.1)
+
+
+def test_prodigy_has_no_rate_and_schedule_free_has_one(tmp_path):
+    arms = "[{id: a, agent: cosine, own_optimizer: prodigy}, {id: b, agent: constant, own_optimizer: schedule-free}]"
+    study = load_study(write(tmp_path, GOOD.replace("[constant, q_learning]", arms) + "lr: 0.01\n"))
+    assert [arm.lr["digits-mlp"] for arm in study.arms] == [None, 0.01]
+    assert [arm.has_rate for arm in study.arms] == [False, True]
+    assert [arm.kind for arm in study.arms] == ["baseline", "baseline"]
 
 
 def test_default_cosine_brings_its_own_rate(tmp_path):
@@ -247,7 +274,19 @@ def test_a_wrong_value_is_named_with_what_was_expected(tmp_path, change, text):
             "arm 'ppo': agent 'ppo' knows what it was taught before, and learns nothing in a run; expected brain",
         ),
         ("[placebo:evolution]", "arm 'evolution': agent 'evolution' knows what it was taught before"),
-        ("[{id: a, agent: dqn, brain: b, learn_runs: 2}]", "expected brain: FOLDER and no learn_runs"),
+        ("[{id: a, agent: dqn, learn_runs: 2}]", "expected brain: NAME or FOLDER"),
+        ("[{id: a, agent: q_learning, preset: papers}]", "arm 'a': unknown preset 'papers'; did you mean 'paper'"),
+        ("[{id: a, agent: tuner, preset: paper}]", "arm 'a': unknown agent with a preset 'paper' 'tuner'"),
+        ("[{id: a, agent: ppo, brain: default, preset: paper}]", "arm 'a': brain is for learned arms"),
+        (
+            "[{id: a, agent: constant, own_optimizer: schedulefree}]",
+            "unknown own_optimizer of arm 'a' 'schedulefree'; did you mean 'schedule-free'",
+        ),
+        (
+            "[{id: uwhg, own_optimizer: prodigy}]",
+            "arm 'uwhg': own_optimizer is for a baseline, whose agent is the schedule over it, such as constant",
+        ),
+        ("[{id: a, agent: cosine, own_optimizer: prodigy, lr: 1}]", "arm 'a': lr: prodigy finds its own rate"),
         ("[placebo:yoked:uwhg]", "mine.yaml: arms.0.id: got 'placebo:yoked:uwhg', expected a text"),
         (
             "[uwhg, {id: 'yoked:uwhg', lr: 1}]",
@@ -305,6 +344,7 @@ def test_our_studies_are_good_at_every_scale():
         "cnn-intervention",
         "demo",
         "experience",
+        "lr-scheduler",
         "pruning",
         "transformer-lr",
     ]
@@ -314,6 +354,47 @@ def test_our_studies_are_good_at_every_scale():
         for scale in ("smoke", "small", "full"):
             assert parse_study(read_yaml(path), path.name, scale).study == name
             load_study(name, scale=scale)
+
+
+def test_every_promised_arm_of_lr_scheduler_is_there():
+    study = load_study("lr-scheduler")
+    rates = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    assert study.sensitivity_lrs == study.tuning.lrs == rates
+    assert study.n_seeds == study.sensitivity_seeds == 5
+    learned = ["q_learning", "dqn", "q_learning-paper", "dqn-paper", "dqn-paper-continuous", "default-brain"]
+    ids = {arm.id for arm in study.arms}
+    assert {f"yoked:{name}" for name in [*learned, "fine-tuned-brain"]} <= ids
+    assert {"constant", "step", "exponential", "cosine", "wsd", "plateau", "default-cosine"} <= ids
+    assert {"schedule-free", "prodigy", "uwhg"} <= ids
+    full = {arm.id: arm for arm in load_study("lr-scheduler", scale="full").arms}
+    assert set(full) == ids
+    for name in ("q_learning-paper", "dqn-paper", "dqn-paper-continuous"):
+        options = full[name].options
+        assert (options["gamma"], options["learning_rate"], options["epsilon"]) == (0.99, 1e-4, 0.1)
+        assert options["every"] == "epoch"
+    assert study.seeds_on("cifar10-vgg16") == 3
+    few = ["constant", "cosine", "uwhg", "default-brain", "placebo:default-brain"]
+    assert [arm.id for arm in study.arms_on("cifar10-vgg16")] == few
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ("restricted: {digits: {arms: [constant], n_seeds: 1}}\n", "unknown task in restricted of mine.yaml 'digits'"),
+        (
+            "restricted: {digits-mlp: {arms: [constnt], n_seeds: 1}}\n",
+            "unknown arm in restricted.digits-mlp of mine.yaml 'constnt'; did you mean 'constant'",
+        ),
+        ("restricted: {digits-mlp: {arms: [constant]}}\n", "restricted.digits-mlp.n_seeds"),
+        ("total_steps: {digits: 5}\n", "unknown task in total_steps of mine.yaml 'digits'"),
+        ("total_steps: {digits-mlp: 0}\n", "total_steps"),
+        ("sensitivity_controls: 1\n", "sensitivity_controls: got 1"),
+    ],
+)
+def test_wrong_restrictions_are_named(tmp_path, more, text):
+    with pytest.raises(InputError) as caught:
+        load_study(write(tmp_path, GOOD + more))
+    assert text in str(caught.value)
 
 
 def test_the_demo_is_what_was_promised():

@@ -57,7 +57,7 @@ def test_a_job_is_json_and_says_everything(tmp_path):
         *("study", "arm", "agent", "kind", "of", "base", "options", "reward", "task", "scale", "role", "seed"),
         *("root_seed", "initial_lr", "total_steps", "every", "weight_decay", "optimizer", "learn_runs", "placebo"),
         *("replay_from", "device", "precision", "threads", "directory", "knobs", "brain", "start"),
-        *("knob_options", "search", "learn_tasks", "experience"),
+        *("knob_options", "search", "learn_tasks", "experience", "own_optimizer"),
     }
 
 
@@ -170,3 +170,54 @@ def test_a_changed_arm_is_named(tmp_path):
     path.write_text(TEXT.replace("0.001", "0.002"))
     difference = first_difference(there, study_json(load_study(path), {}))
     assert difference == "arms.constant.lr.digits-mlp is 0.001 there, 0.002 is asked for now"
+
+
+def test_a_twin_from_another_rate_replays_its_arm_from_that_rate_under_another_seed(tmp_path):
+    more = "sensitivity_lrs: [0.01]\nsensitivity_seeds: 2\n"
+    plain = plan_jobs(study_of(tmp_path, more))
+    jobs = plan_jobs(study_of(tmp_path, more + "sensitivity_controls: true\n"))
+    ids = ("constant", "q_learning", "placebo:q_learning", "yoked:q_learning")  # default-cosine takes no rate
+    found = [(job.arm, job.seed, job.initial_lr) for job in jobs if job.role == "sensitivity"]
+    assert sorted(found) == sorted((arm, seed, 0.01) for arm in ids for seed in range(2))
+    assert len(jobs) == len(plain) + 4
+    twins = {job.seed: job.replay_from for job in jobs if job.arm == "yoked:q_learning" and job.role == "sensitivity"}
+    folder = "runs/digits-mlp/q_learning/sensitivity/lr-0.01/seed-"
+    assert twins == {0: f"{folder}1", 1: f"{folder}0"}
+    assert set(twins.values()) <= {job.directory for job in jobs}
+
+
+def test_a_twin_without_another_seed_is_not_run_from_other_rates(tmp_path):
+    more = "sensitivity_lrs: [0.01]\nsensitivity_seeds: 1\nsensitivity_controls: true\n"
+    jobs = [job for job in plan_jobs(study_of(tmp_path, more)) if job.role == "sensitivity"]
+    assert [job.arm for job in jobs] == ["constant", "q_learning", "placebo:q_learning"]
+
+
+RESTRICTED = """
+sensitivity_lrs: [0.01]
+tuning: {arm: constant, lrs: [0.01, 0.1], n_seeds: 1}
+restricted: {digits-cnn: {arms: [constant, "yoked:q_learning"], n_seeds: 2}}
+total_steps: {digits-mlp: 50}
+"""
+
+
+def test_a_restricted_task_has_its_own_arms_and_seeds_and_one_rate(tmp_path):
+    text = TEXT.replace("[digits-mlp]", "[digits-mlp, digits-cnn]")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text + RESTRICTED)
+    study = load_study(path)
+    jobs = [job for job in [*plan_jobs(study), *tuning_jobs(study)] if job.task == "digits-cnn"]
+    assert {(job.arm, job.role, job.seed, job.initial_lr) for job in jobs} == {
+        *(("constant", "report", seed, 0.001) for seed in range(2)),
+        *(("yoked:q_learning", "report", seed, 0.001) for seed in range(2)),
+        *(("q_learning", "support", seed, 0.001) for seed in range(2)),  # what the twins replay
+    }
+    assert tuned_jobs(study, "digits-cnn", 0.01) == []
+    assert len(tuned_jobs(study, "digits-mlp", 0.01)) == 3
+    assert {job.total_steps for job in jobs} == {None}
+    assert {job.total_steps for job in plan_jobs(study) if job.task == "digits-mlp"} == {50}
+    plan = study_json(study, {})
+    path.write_text(text + RESTRICTED.replace("n_seeds: 2", "n_seeds: 1"))
+    assert first_difference(plan, study_json(load_study(path), {})).startswith("restricted")
+    path.write_text(text + "".join([*RESTRICTED.splitlines(keepends=True)[:3], "total_steps: {digits-mlp: 50}\n"]))
+    assert first_difference(plan, study_json(load_study(path), {})).startswith("restricted")
+    assert "restricted" not in study_json(study_of(tmp_path), {})  # studies begun before go on

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
+from trimtab import registry
 from trimtab.brain import Brain
-from trimtab.errors import BrainError, InputError
+from trimtab.errors import BrainError, InputError, MissingExtraError
 from trimtab.experiments import single
+from trimtab.spec import ControlSpec, make_agent
+from trimtab.training.loop import TrainingLoop
+from trimtab.training.own_optimizers import put_in
 
 JOB: dict[str, Any] = {
     "study": "s",
@@ -124,7 +130,20 @@ def stop_at(step: int):
     return progress
 
 
-@pytest.mark.parametrize("changes", [{}, {"agent": "uwhg", "kind": "rule", "options": {}, "base": None, "every": None}])
+OWN = {"agent": "constant", "kind": "baseline", "base": None, "options": {}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"agent": "uwhg", "kind": "rule", "options": {}, "base": None, "every": None},
+        {**OWN, "own_optimizer": "schedule-free"},
+        {**OWN, "agent": "cosine", "own_optimizer": "prodigy", "initial_lr": None},
+        {"agent": "deep_q", "options": {"actions": "continuous", "epsilon": 0.5}},
+        {"agent": "ppo", "brain": "default", "options": {}, "base": "cosine", "every": None, "learn_runs": 2},
+    ],
+)
 def test_a_stopped_run_goes_on_to_the_same_files(tmp_path, monkeypatch, changes):
     whole = run(tmp_path / "whole", **changes)
     monkeypatch.setattr(single, "CHECKPOINT_EVERY_S", -1.0)
@@ -136,8 +155,76 @@ def test_a_stopped_run_goes_on_to_the_same_files(tmp_path, monkeypatch, changes)
     assert {key: value for key, value in parts.items() if key != "times"} == {
         key: value for key, value in whole.items() if key != "times"
     }
-    for name in ("series.jsonl", "decisions.jsonl"):
+    names = ["series.jsonl"] if changes.get("kind") == "baseline" else ["series.jsonl", "decisions.jsonl"]
+    for name in names:  # a baseline decides nothing
         assert rows(tmp_path / "cut", name) == rows(tmp_path / "whole", name)
+
+
+def test_arms_with_an_optimizer_of_their_own(tmp_path):
+    plain = run(tmp_path, **OWN, directory="runs/p")
+    free = run(tmp_path, **OWN, own_optimizer="schedule-free", directory="runs/f")
+    found = run(tmp_path, **OWN, own_optimizer="prodigy", initial_lr=None, directory="runs/d")
+    losses = [result["metrics"]["test_loss"] for result in (plain, free, found)]
+    assert len(set(losses)) == 3
+    start = rows(tmp_path, "series.jsonl", "runs/f")[0]["val_loss"]
+    assert start == rows(tmp_path, "series.jsonl", "runs/p")[0]["val_loss"]  # the same first weights
+    assert max(losses) < start
+    assert {row["knobs"]["lr"] for row in rows(tmp_path, "series.jsonl", "runs/d")} == {1.0}
+    # What is reported is measured at the average, not at the weights that gradients are taken at.
+    task = registry.load("task", "digits-mlp")("smoke").replace(lr=0.01, total_steps=60)
+    loop = TrainingLoop(task, task.load(None), seed=0)
+    put_in(loop, "schedule-free")
+    for _ in range(60):
+        loop.step()
+    group = loop.optimizer.param_groups[0]
+    measured = loop.evaluate("val")["loss"]
+    assert group["train_mode"] is True
+    loop.optimizer.eval()
+    assert loop.evaluate("val")["loss"] == pytest.approx(measured, rel=1e-6)
+    assert group["train_mode"] is False
+
+
+def test_a_brain_that_we_ship_is_used_as_it_is_and_taught_on_from_earlier_runs(tmp_path):
+    brain = {"agent": "ppo", "brain": "default", "options": {}, "base": None, "every": None}
+    single.check_job({**JOB, **brain})
+    plain = run(tmp_path, **brain, directory="runs/p")
+    taught = run(tmp_path, **brain, learn_runs=3, directory="runs/t")
+    assert not (tmp_path / "runs/p/brain").exists()
+    shipped = Brain.load("default")
+    after = Brain.load(tmp_path / "runs/t/brain")
+    assert after.spec.fingerprint == shipped.spec.fingerprint
+    assert taught["learning"]["runs"] == 3
+    assert 3 * 10 < taught["learning"]["transitions"] <= 3 * 30  # at most one decision in two of 60 steps
+    weights = [{key: value for key, value in b.agent.state_dict().items() if key != "rng"} for b in (shipped, after)]
+    assert any((weights[0][key] != weights[1][key]).any() for key in weights[0])
+    assert max((weights[0][key] - weights[1][key]).abs().max() for key in weights[0]) < 0.07
+    assert taught["metrics"]["test_loss"] != plain["metrics"]["test_loss"]
+
+
+def test_a_brain_that_cannot_be_taught_on_is_refused_before_training(tmp_path):
+    agent = make_agent("dqn")
+    Brain(agent, ControlSpec.for_agent(agent)).save(tmp_path / "b")
+    job = {**JOB, "agent": "dqn", "brain": str(tmp_path / "b"), "options": {}, "base": None, "every": None}
+    single.check_job(job)
+    with pytest.raises(InputError, match=r"agent 'dqn' cannot be taught on from earlier runs; leave learn_runs out"):
+        single.check_job({**job, "learn_runs": 1})
+
+
+@pytest.mark.parametrize(("name", "package"), [("schedule-free", "schedulefree"), ("prodigy", "prodigyopt")])
+def test_a_missing_extra_is_refused_before_training(monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        MissingExtraError, match=rf"arm .q_learning.* needs the package {package}.*trimtab\[baselines\]"
+    ):
+        single.check_job({**JOB, **OWN, "own_optimizer": name})
+
+
+def test_batch_norm_is_refused_before_training(monkeypatch):
+    task = registry.load("task", "digits-mlp")("smoke")
+    task = task.replace(make_model=lambda data: nn.Sequential(nn.Linear(64, 10), nn.BatchNorm1d(10)))
+    monkeypatch.setattr(single, "make_task", lambda job: task)
+    with pytest.raises(InputError, match="arm 'q_learning' on 'digits-mlp': schedule-free on digits-mlp: batch norm"):
+        single.check_own_optimizers([{**JOB, **OWN, "own_optimizer": "schedule-free"}], None)
 
 
 def test_a_table_goes_on_learning_over_runs(tmp_path):

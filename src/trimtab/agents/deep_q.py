@@ -1,0 +1,341 @@
+"""Deep Q-learning within a run, over factors of the rate or over a continuous move of it.
+
+Called through the registry. Sources: Mnih et al. 2015, "Human-level control through deep reinforcement learning",
+Nature 518:529-533 (replay, target network, epsilon-greedy); for the continuous form Gu et al. 2016, "Continuous Deep
+Q-Learning with Model-based Acceleration", arXiv:1603.00748, section 4 (a quadratic advantage, whose maximum is known).
+Deviations: a run has tens of decisions, so that every minibatch is drawn from a memory of all of them, and every
+decision is followed by several updates; the output layer begins at 0, so that an untaught network moves nothing.
+
+Stable-Baselines3's DQN steps an environment of its own and has no continuous form; here a training run is the
+environment, and is stepped by whoever trains.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing, load_generator
+from trimtab.agents.features import Features
+from trimtab.agents.q_learning import check_epsilon, epsilon_after, named_factors
+from trimtab.errors import InputError
+
+__all__ = ["CONTINUOUS", "DeepQ"]
+
+CONTINUOUS = "continuous"
+# The write-ups' x0.9 and x1.1 as the ends of the continuous form, symmetric in decades.
+DECADES = math.log10(1.1)
+# Scale-free, and known from the first decision on.
+SIGNALS = (
+    "progress",
+    "val_loss_log_ratio",
+    "val_loss_log_ratio_best",
+    "train_loss_log_ratio",
+    "loss_slope",
+    "generalization_gap",
+    "grad_update_cosine",
+    "update_to_weight",
+    "lr_log_ratio_start",
+)
+_N_HEADS = 3  # of the continuous form: value, where the best move lies, log of the curvature
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_COLUMNS = ("observation", "action", "reward", "next_observation", "terminated")
+
+
+class DeepQ(Agent):
+    """A small network (ReLU) of the values of moves, learned from a memory of transitions.
+
+        discrete    target = r + gamma max_a Q'(s', a)
+        continuous  Q(s, a) = V(s) - exp(c(s)) ((a - m(s)) / span)^2 / 2,  so that max_a Q = V and the best move is m(s)
+
+    Q' is the network of up to `target_every` decisions ago; the loss is Huber's.
+
+    Args:
+        actions: A name in `q_learning.FACTORS`, the factors themselves, or "continuous".
+        span: Of the continuous form: the largest move, in decades, up and down.
+        signals: Names of the signals it observes; None for `SIGNALS`.
+        hidden: Widths of the hidden layers.
+        learning_rate: Adam's.
+        gamma: Discount per decision, in [0, 1].
+        epsilon: Probability of a move drawn evenly, at the start.
+        epsilon_end: The same in the end.
+        epsilon_schedule: "constant", "linear" or "exponential", as of `q_learning`.
+        epsilon_decisions: See there.
+        batch_size: Transitions in a minibatch; fewer where there are no more.
+        updates: Minibatches after each decision.
+        target_every: Decisions between two copies into the target network.
+        memory: Transitions that are remembered; the oldest go first.
+        every: Steps between decisions, or "epoch".
+        base: Name of the schedule under it.
+        base_options: Its options.
+        seed: Of the first weights, exploration and minibatches.
+
+    Raises:
+        InputError: A number is out of range.
+    """
+
+    name = "deep_q"
+    is_learned = True
+
+    def __init__(  # noqa: PLR0913 (options of a study file, flat because people write them by hand)
+        self,
+        *,
+        actions: str | Sequence[float] = "standard",
+        span: float = DECADES,
+        signals: Sequence[str] | None = None,
+        hidden: Sequence[int] = (32, 32),
+        learning_rate: float = 1e-3,
+        gamma: float = 0.99,
+        epsilon: float = 0.1,
+        epsilon_end: float = 0.01,
+        epsilon_schedule: str = "constant",
+        epsilon_decisions: int = 100,
+        batch_size: int = 32,
+        updates: int = 8,
+        target_every: int = 10,
+        memory: int = 10_000,
+        every: int | str = 10,
+        base: str = "constant",
+        base_options: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.features = Features(self.name, signals if signals is not None else SIGNALS, None)
+        counts = {"batch_size": batch_size, "updates": updates, "target_every": target_every, "memory": memory}
+        counts |= {f"hidden[{place}]": width for place, width in enumerate(hidden)}
+        for key, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise InputError(f"deep_q: {key} is {count!r}; expected a whole number of 1 or more")
+        for key, value, most in (("learning_rate", learning_rate, 1.0), ("span", span, 2.0), ("gamma", gamma, 1.0)):
+            good = not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= most
+            if not good or (value == 0 and key != "gamma"):
+                raise InputError(f"deep_q: {key} is {value!r}; expected a number above 0 and up to {most:g}")
+        self._epsilon = check_epsilon(self.name, epsilon, epsilon_end, epsilon_schedule, epsilon_decisions)
+        self._given_actions, self._span, self._hidden = actions, float(span), tuple(hidden)
+        self._rate, self._gamma, self._counts = float(learning_rate), float(gamma), counts
+        self._every, self._base = every, Base(base, dict(base_options or {}))
+        self._is_continuous = actions == CONTINUOUS
+        if self._is_continuous:
+            self._actions = Actions("decades", low=-self._span, high=self._span)
+        else:
+            self._actions = Actions("multiply", named_factors(self.name, actions))
+        self._rng = np.random.default_rng(seed)
+        self.n_updates = 0  # transitions learned from, over all runs
+        self._network = self._first_weights(np.random.default_rng([seed, 1]))
+        self._target = [weight.detach().clone() for weight in self._network]
+        self._adam = self._make_adam()
+        self._kept = self._empty()
+
+    def _first_weights(self, rng: np.random.Generator) -> list[Tensor]:
+        """Weights and biases in turn; the last layer is 0."""
+        n_out = _N_HEADS if self._is_continuous else len(self._actions.factors)
+        widths = [len(self.features.signals), *self._hidden, n_out]
+        tensors: list[Tensor] = []
+        for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+            scale = math.sqrt(2 / fan_in) if layer < len(self._hidden) else 0.0
+            weight = torch.from_numpy(scale * rng.standard_normal((fan_in, fan_out)))
+            tensors += [weight.requires_grad_(), torch.zeros(fan_out, dtype=torch.float64, requires_grad=True)]
+        return tensors
+
+    def _make_adam(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self._network, lr=self._rate)
+
+    def _empty(self) -> dict[str, Array]:
+        width = len(self.features.signals)
+        shapes = {"observation": (0, width), "next_observation": (0, width)}
+        return {name: np.zeros(shapes.get(name, (0,))) for name in _COLUMNS}
+
+    @property
+    @override
+    def needs(self) -> Needs:
+        return Needs(self.features.signals, self._actions, Timing(every=self._every), self._base)
+
+    @property
+    @override
+    def options(self) -> dict[str, Any]:
+        epsilon, end, schedule, decisions = self._epsilon
+        given = self._given_actions
+        return {
+            "actions": given if isinstance(given, str) else list(given),
+            "span": self._span,
+            "signals": list(self.features.signals),
+            "hidden": list(self._hidden),
+            "learning_rate": self._rate,
+            "gamma": self._gamma,
+            "epsilon": epsilon,
+            "epsilon_end": end,
+            "epsilon_schedule": schedule,
+            "epsilon_decisions": decisions,
+            **{key: count for key, count in self._counts.items() if "[" not in key},
+            "every": self._every,
+            "base": self._base.name,
+            "base_options": dict(self._base.options),
+        }
+
+    @property
+    def epsilon(self) -> float:
+        """Present probability of a move drawn evenly."""
+        return epsilon_after(self.n_updates, *self._epsilon)
+
+    def outputs(self, observation: Array) -> Array:
+        """Values of the moves, or value, place and curvature; (R, S) -> (R, outputs).
+
+        Every run is multiplied by itself, so that its numbers do not depend, to the last bit, on its neighbours.
+        """
+        hidden = self.features(observation)[:, None, :]
+        layers = [tensor.detach().numpy() for tensor in self._network]
+        for place in range(0, len(layers), 2):
+            hidden = hidden @ layers[place] + layers[place + 1]
+            if place + 2 < len(layers):
+                hidden = np.maximum(hidden, 0.0)
+        return np.asarray(hidden[:, 0, :])
+
+    def predict(
+        self,
+        observation: Array,
+        state: State | None = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[Any], State | None]:
+        """See `Agent.predict`; of equal values "keep" is taken, then the first."""
+        del episode_start
+        found, runs = self.outputs(observation), len(observation)
+        if self._is_continuous:
+            chosen = self._span * np.tanh(found[:, 1])
+        else:
+            keep = self._actions.factors.index(1.0)
+            best = found.max(axis=1)
+            chosen = np.where(found[:, keep] == best, keep, found.argmax(axis=1))
+        if not deterministic:
+            explores = self._rng.random(runs) < self.epsilon
+            if self._is_continuous:
+                chosen = np.where(explores, self._rng.uniform(-self._span, self._span, runs), chosen)
+            else:
+                chosen = np.where(explores, self._rng.integers(0, len(self._actions.factors), runs), chosen)
+        return chosen[:, None], state
+
+    @override
+    def update(
+        self,
+        observation: Array,
+        action: npt.NDArray[Any],
+        reward: Array,
+        next_observation: Array,
+        terminated: npt.NDArray[np.bool_],
+    ) -> None:
+        new = (self.features(observation), action[:, 0], reward, self.features(next_observation), terminated)
+        for name, column in zip(_COLUMNS, new, strict=True):
+            joined = np.concatenate([self._kept[name], np.asarray(column, dtype=np.float64)])
+            self._kept[name] = joined[-self._counts["memory"] :]
+        before = self.n_updates
+        self.n_updates += len(reward)
+        for _ in range(self._counts["updates"]):
+            self._learn()
+        if before // self._counts["target_every"] != self.n_updates // self._counts["target_every"]:
+            self._target = [weight.detach().clone() for weight in self._network]
+
+    @override
+    def learn_from_earlier(
+        self,
+        observation: Array,
+        action: npt.NDArray[Any],
+        reward: Array,
+        next_observation: Array,
+        terminated: npt.NDArray[np.bool_],
+    ) -> None:
+        """See `Agent.learn_from_earlier`; one at a time, as they came: the target does not depend on who acted."""
+        for row in range(len(reward)):
+            one = slice(row, row + 1)
+            self.update(observation[one], action[one], reward[one], next_observation[one], terminated[one])
+
+    def _learn(self) -> None:
+        """One minibatch."""
+        n = len(self._kept["reward"])
+        rows = self._rng.integers(0, n, min(n, self._counts["batch_size"]))
+        seen, action, reward, then, ended = (torch.from_numpy(self._kept[name][rows]) for name in _COLUMNS)
+        with torch.no_grad():
+            following = _forward(self._target, then)
+            best = following[:, 0] if self._is_continuous else following.max(dim=1).values
+            target = reward + self._gamma * (1.0 - ended) * best
+        found = _forward(self._network, seen)
+        if self._is_continuous:
+            away = action / self._span - torch.tanh(found[:, 1])
+            value = found[:, 0] - torch.exp(found[:, 2].clamp(max=10.0)) * away**2 / 2
+        else:
+            value = found.gather(1, action.long()[:, None])[:, 0]
+        self._adam.zero_grad()
+        torch.nn.functional.smooth_l1_loss(value, target).backward()  # type: ignore[no-untyped-call]
+        self._adam.step()
+
+    def learn(self, env: Any, total_timesteps: int) -> DeepQ:
+        """Learn by acting, epsilon-greedy, in a single Gymnasium environment with this agent's signals and moves."""
+        seen, _ = env.reset(seed=int(self._rng.integers(2**31)))
+        for _ in range(total_timesteps):
+            now = np.asarray(seen, dtype=np.float64).reshape(1, -1)
+            action, _ = self.predict(now)
+            seen, reward, terminated, truncated, _ = env.step(action[0] if self._is_continuous else int(action[0, 0]))
+            then = np.asarray(seen, dtype=np.float64).reshape(1, -1)
+            self.update(now, action, np.array([float(reward)]), then, np.array([bool(terminated)]))
+            if terminated or truncated:
+                seen, _ = env.reset()
+        return self
+
+    @override
+    def reseed(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"rng": self._rng.bit_generator.state, "n_updates": self.n_updates}
+        for place, (weight, old) in enumerate(zip(self._network, self._target, strict=True)):
+            moments = self._adam.state.get(weight) or {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
+            state |= {f"network{place}": weight.detach().clone(), f"target{place}": old.clone()}
+            state |= {f"adam{place}.{key}": moments[key].detach().clone() for key in _MOMENTS}
+        return {**state, **{f"memory.{name}": torch.from_numpy(kept.copy()) for name, kept in self._kept.items()}}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        mine = self.state_dict()
+        if set(state) != set(mine):
+            raise InputError(
+                f"deep_q: the state lacks or has beyond what is expected: {sorted(set(state) ^ set(mine))}"
+            )
+        n_kept = len(state["memory.reward"]) if isinstance(state["memory.reward"], Tensor) else -1
+        for key, value in mine.items():
+            if not isinstance(value, Tensor):
+                continue
+            shape = (n_kept, *value.shape[1:]) if key.startswith("memory.") else tuple(value.shape)
+            if not isinstance(state[key], Tensor) or tuple(state[key].shape) != shape:
+                raise InputError(f"deep_q: {key} does not have the shape {shape}; it is of other options")
+            if not bool(torch.isfinite(state[key]).all()):
+                raise InputError(f"deep_q: {key} holds numbers that are not finite; learn it anew")
+        load_generator(self._rng, state["rng"], self.name)
+        self.n_updates = int(state["n_updates"])
+        n_tensors = len(self._network)
+        self._network = [state[f"network{k}"].to(torch.float64).clone().requires_grad_() for k in range(n_tensors)]
+        self._target = [state[f"target{k}"].to(torch.float64).clone() for k in range(n_tensors)]
+        self._adam = self._make_adam()
+        for place, weight in enumerate(self._network):
+            if float(state[f"adam{place}.step"]):
+                self._adam.state[weight] = {key: state[f"adam{place}.{key}"].clone() for key in _MOMENTS}
+        self._kept = {name: state[f"memory.{name}"].to(torch.float64).numpy().copy() for name in _COLUMNS}
+
+
+def _forward(layers: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The network on features; (B, S) -> (B, outputs)."""
+    for place in range(0, len(layers), 2):
+        x = x @ layers[place] + layers[place + 1]
+        if place + 2 < len(layers):
+            x = torch.relu(x)
+    return x
