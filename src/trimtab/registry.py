@@ -46,7 +46,13 @@ _TASKS = {
     "cifar10-vgg16": Entry("trimtab.tasks.deep_vision:cifar10_vgg16", "CIFAR-10, VGG-16 with batch norm"),
     "sst2-mlp": Entry("trimtab.tasks.sentences:sst2_mlp", "SST-2 (nyu-mll/glue), mean of token embeddings, MLP"),
     "sst2-bilstm": Entry("trimtab.tasks.sentences:sst2_bilstm", "SST-2 (nyu-mll/glue), bidirectional LSTM"),
+    "sst2-lstm": Entry("trimtab.tasks.recurrent:sst2_lstm", "SST-2, LSTM read behind the last word"),
+    "imdb-lstm": Entry("trimtab.tasks.recurrent:imdb_lstm", "IMDb (stanfordnlp/imdb), LSTM read behind the last word"),
+    "imdb-bilstm": Entry("trimtab.tasks.recurrent:imdb_bilstm", "IMDb, bidirectional LSTM, both last states"),
     "titanic-fcnn": Entry("trimtab.tasks.tabular:titanic_fcnn", "Titanic passengers (Kaggle train.csv), MLP 64-64"),
+    "diabetes-mlp": Entry(
+        "trimtab.tasks.diabetes:diabetes_mlp", "442 patients (bundled with scikit-learn), regression"
+    ),
     "cifar10-tuning": Entry("trimtab.tasks.tuning:cifar10_tuning", "CIFAR-10, conv64-conv64-dense64, dropout 0.5"),
     "digits-tuning": Entry("trimtab.tasks.tuning:digits_tuning", "8x8 digits, conv64-conv64-dense64, dropout 0.5"),
     "imdb-tuning": Entry("trimtab.tasks.tuning:imdb_tuning", "IMDb (stanfordnlp/imdb), bidirectional LSTM, dense"),
