@@ -114,7 +114,8 @@ class Study:
     """Everything that decides the numbers of a study; the keys are those of a study file.
 
     `arms` leaves the tuned arm out, which is `tuning.arm`; `support` holds arms that are not in the study but
-    that a yoked arm needs. `left_out` holds optional tasks whose data was not found, with the reason.
+    that a yoked arm needs. `left_out` holds optional tasks whose data was not found, with the reason; `own_tasks`
+    those of a user's own file, with the SHA-256 of it.
     """
 
     study: str
@@ -134,6 +135,7 @@ class Study:
     user_config: Mapping[str, Any]
     final_info: bool
     left_out: tuple[Mapping[str, str], ...] = field(default=())
+    own_tasks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def budget(self) -> str:
