@@ -55,6 +55,8 @@ _TASKS = {
     "sst2-lstm": Entry("trimtab.tasks.recurrent:sst2_lstm", "SST-2, LSTM read behind the last word"),
     "imdb-lstm": Entry("trimtab.tasks.recurrent:imdb_lstm", "IMDb (stanfordnlp/imdb), LSTM read behind the last word"),
     "imdb-bilstm": Entry("trimtab.tasks.recurrent:imdb_bilstm", "IMDb, bidirectional LSTM, both last states"),
+    "sst2-bert": Entry("trimtab.tasks.bert:sst2_bert", "SST-2, BERT (full: base, pre-trained; else 2 random layers)"),
+    "imdb-bert": Entry("trimtab.tasks.bert:imdb_bert", "IMDb, BERT (full: base, pre-trained; else 2 random layers)"),
     "titanic-fcnn": Entry("trimtab.tasks.tabular:titanic_fcnn", "Titanic passengers (Kaggle train.csv), MLP 64-64"),
     "diabetes-mlp": Entry(
         "trimtab.tasks.diabetes:diabetes_mlp", "442 patients (bundled with scikit-learn), regression"
