@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -29,5 +31,21 @@ def test_a_network_of_ones_own_is_pruned_saved_and_loaded():
     assert lines[-1].startswith("test accuracy: dense 0.")
 
 
+def test_a_task_of_ones_own_is_run_in_a_study(tmp_path):
+    command = [sys.executable, "-m", "trimtab", "run", "demo", "--tasks", f"{EXAMPLES / 'own_task.py'}:two_moons",
+               "--arms", "constant", "--scale", "smoke", "--n-seeds", "1", "--workers", "1"]  # fmt: skip
+    done = subprocess.run([*command, "--out", tmp_path / "moons"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    study = json.loads((tmp_path / "moons" / "study.json").read_text())
+    assert study["tasks"] == ["two_moons"]
+    assert study["own_tasks"] == {"two_moons": hashlib.sha256((EXAMPLES / "own_task.py").read_bytes()).hexdigest()}
+    folder = tmp_path / "moons" / "runs" / "two_moons" / "constant" / "report" / "lr-0.0003" / "seed-0"
+    assert json.loads((folder / "result.json").read_text())["optimizer_steps"] == 60
+
+
 def test_every_example_is_tested():
-    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == ["own_loop.py", "prune_own_network.py"]
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == [
+        "own_loop.py",
+        "own_task.py",
+        "prune_own_network.py",
+    ]

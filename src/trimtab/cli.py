@@ -106,7 +106,9 @@ def _options(
 def run_command(  # noqa: PLR0913 (one argument for each option of the command)
     study: Annotated[str, typer.Argument(metavar="STUDY|FILE.yaml", help="A study of ours, or a file.")],
     scale: Annotated[str, typer.Option(help="smoke, small or full.")] = "small",
-    tasks: Annotated[str | None, typer.Option(help="Only these tasks, with commas between them.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Only these tasks, with commas; FILE.py:NAME for one of your own.")
+    ] = None,
     arms: Annotated[str | None, typer.Option(help="Only these arms, with commas between them.")] = None,
     n_seeds: Annotated[int | None, typer.Option(help="Seeds, instead of the study's number.")] = None,
     seed: Annotated[int | None, typer.Option(help="Root seed, instead of the study's.")] = None,

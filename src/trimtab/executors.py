@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from trimtab import registry
 from trimtab.errors import InputError, RunFailedError, TrimtabError, unknown_name
 from trimtab.machine import torch_threads
 
@@ -240,7 +241,9 @@ class _Worker:
 def _start_worker(function: str, threads: int | None) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, function, threads, os.getpid()), daemon=True)
+    process = context.Process(
+        target=_work, args=(theirs, function, threads, os.getpid(), registry.added()), daemon=True
+    )
     with _interrupts_ignored():
         process.start()
     theirs.close()  # so that the worker's death ends the pipe
@@ -260,9 +263,10 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work(connection: Connection, function: str, threads: int | None, parent: int) -> None:
+def _work(connection: Connection, function: str, threads: int | None, parent: int, added: list[list[str]]) -> None:
     """A worker's whole life: read arguments, do the work, answer, until the pipe ends."""
     _die_with(parent)
+    registry.adopt(added)
     try:
         do = _resolve(function)
         if threads is not None:

@@ -8,15 +8,21 @@ the entries, so `trimtab list` needs no torch. Other packages add entries throug
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
-from collections.abc import Mapping
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from trimtab.errors import InputError, unknown_name
 
-__all__ = ["Entry", "add", "entries", "load", "names"]
+__all__ = ["Entry", "add", "added", "adopt", "entries", "import_file", "load", "names"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Entry:
     """One named thing.
 
     Attributes:
-        target: Where it is, "module:object".
+        target: Where it is, "module:object", or "/path/of/file.py:object" where a user named a file.
         description: One line of what it is.
         needs_brain: An agent that was taught before and knows nothing without a brain.
     """
@@ -46,7 +52,15 @@ _TASKS = {
     "cifar10-vgg16": Entry("trimtab.tasks.deep_vision:cifar10_vgg16", "CIFAR-10, VGG-16 with batch norm"),
     "sst2-mlp": Entry("trimtab.tasks.sentences:sst2_mlp", "SST-2 (nyu-mll/glue), mean of token embeddings, MLP"),
     "sst2-bilstm": Entry("trimtab.tasks.sentences:sst2_bilstm", "SST-2 (nyu-mll/glue), bidirectional LSTM"),
+    "sst2-lstm": Entry("trimtab.tasks.recurrent:sst2_lstm", "SST-2, LSTM read behind the last word"),
+    "imdb-lstm": Entry("trimtab.tasks.recurrent:imdb_lstm", "IMDb (stanfordnlp/imdb), LSTM read behind the last word"),
+    "imdb-bilstm": Entry("trimtab.tasks.recurrent:imdb_bilstm", "IMDb, bidirectional LSTM, both last states"),
+    "sst2-bert": Entry("trimtab.tasks.bert:sst2_bert", "SST-2, BERT (full: base, pre-trained; else 2 random layers)"),
+    "imdb-bert": Entry("trimtab.tasks.bert:imdb_bert", "IMDb, BERT (full: base, pre-trained; else 2 random layers)"),
     "titanic-fcnn": Entry("trimtab.tasks.tabular:titanic_fcnn", "Titanic passengers (Kaggle train.csv), MLP 64-64"),
+    "diabetes-mlp": Entry(
+        "trimtab.tasks.diabetes:diabetes_mlp", "442 patients (bundled with scikit-learn), regression"
+    ),
     "cifar10-tuning": Entry("trimtab.tasks.tuning:cifar10_tuning", "CIFAR-10, conv64-conv64-dense64, dropout 0.5"),
     "digits-tuning": Entry("trimtab.tasks.tuning:digits_tuning", "8x8 digits, conv64-conv64-dense64, dropout 0.5"),
     "imdb-tuning": Entry("trimtab.tasks.tuning:imdb_tuning", "IMDb (stanfordnlp/imdb), bidirectional LSTM, dense"),
@@ -163,6 +177,7 @@ _TABLES: dict[str, dict[str, Entry]] = {
     "signal": _SIGNALS,
     "reward": _REWARDS,
 }
+_added: dict[tuple[str, str], tuple[str, str]] = {}  # (kind, name) -> target and description
 
 
 def entries(kind: str) -> Mapping[str, Entry]:
@@ -202,12 +217,50 @@ def load(kind: str, name: str) -> Any:
     table = entries(kind)
     if name not in table:
         raise unknown_name(kind, name, table)
-    module, _, attribute = table[name].target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    module, _, attribute = table[name].target.rpartition(":")
+    return getattr(import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), attribute)
+
+
+def import_file(path: Path) -> ModuleType:
+    """Import a Python file that a user named; once in a process.
+
+    Args:
+        path: Of the file, absolute. It is run as it is: whoever names it trusts it.
+
+    Raises:
+        InputError: It is not there, or raises when it is imported; says in which line.
+    """
+    name = f"trimtab_own_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise InputError(f"there is no Python file {path}; give FILE.py:NAME")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
+        del sys.modules[name]
+        raise InputError(f"{path} cannot be imported{_line(error, path)}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _line(error: BaseException, path: Path) -> str:
+    """Where in a file an error came from, as far as it is known."""
+    if isinstance(error, SyntaxError):
+        return ""  # its text has the line
+    frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f" (line {frames[-1]})" if frames else ""
 
 
 def add(kind: str, name: str, target: str, description: str = "") -> None:
-    """Register a name for this process, for tests and scripts; packages use entry points.
+    """Register a name for this process and the workers that it starts later; packages use entry points.
+
+    Args:
+        kind: "task", "agent", "knob", "signal" or "reward".
+        name: Under which it is found.
+        target: Where it is, "module:object" or "/path/of/file.py:object".
+        description: One line of what it is.
 
     Raises:
         InputError: The name is taken.
@@ -215,3 +268,20 @@ def add(kind: str, name: str, target: str, description: str = "") -> None:
     if name in entries(kind):
         raise InputError(f"{kind} {name!r} is registered already; choose another name")
     _TABLES[kind][name] = Entry(target, description)
+    _added[kind, name] = target, description
+
+
+def added() -> list[list[str]]:
+    """Everything that was added in this process, as kind, name, target and description: for `adopt` in another one."""
+    return [[*key, *value] for key, value in _added.items()]
+
+
+def adopt(rows: Iterable[Sequence[str]]) -> None:
+    """Add what `added` said in the process that started this one; what is there already is replaced.
+
+    Args:
+        rows: Kind, name, target and description of each.
+    """
+    for kind, name, target, description in rows:
+        _TABLES[kind][name] = Entry(target, description)
+        _added[kind, name] = target, description

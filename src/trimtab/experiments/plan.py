@@ -186,6 +186,8 @@ def study_json(
         "user_config": dict(study.user_config),
         "final_info": study.final_info,
         "environment": dict(environment),
+        # Left out where there is none, so that studies begun before can go on.
+        **({"own_tasks": dict(study.own_tasks)} if study.own_tasks else {}),
     }
 
 

@@ -87,7 +87,8 @@ class Study:
     """Everything that decides the numbers of a study; the keys are those of a study file.
 
     `arms` leaves the tuned arm out, which is `tuning.arm`; `support` holds arms that are not in the study but
-    that a yoked arm needs. `left_out` holds optional tasks whose data was not found, with the reason.
+    that a yoked arm needs. `left_out` holds optional tasks whose data was not found, with the reason; `own_tasks`
+    those of a user's own file, with the SHA-256 of it.
     """
 
     study: str
@@ -109,6 +110,7 @@ class Study:
     left_out: tuple[Mapping[str, str], ...] = field(default=())
     restricted: Mapping[str, Restriction] = field(default_factory=dict)
     sensitivity_controls: bool = False
+    own_tasks: Mapping[str, str] = field(default_factory=dict)
 
     def arms_on(self, task: str) -> tuple[Arm, ...]:
         """The arms that a task is run with."""

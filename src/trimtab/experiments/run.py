@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from trimtab.errors import InputError, MissingDataError, MissingExtraError, Outp
 from trimtab.executors import make_executor
 from trimtab.experiments.conductor import Conductor, result_of
 from trimtab.experiments.design import Study, find_study, load_study
+from trimtab.experiments.own_tasks import register_own
 from trimtab.experiments.plan import Job, first_difference, plan_jobs, study_json, tuned_jobs, tuning_jobs
 from trimtab.folders import WorkFolder, nothing_is_bad_input
 from trimtab.progress import Display, Silent
@@ -77,7 +78,7 @@ def run(
     Args:
         name_or_path: One of ours ("demo"), or a YAML file.
         scale: "smoke", "small" or "full".
-        tasks: Run these tasks alone.
+        tasks: Run these tasks alone: names, or FILE.py:NAME for a task of one's own.
         arms: Run these arms alone; of a study of pruning its methods.
         n_seeds: Instead of the study's number of seeds.
         seed: Instead of the study's root seed.
@@ -89,6 +90,9 @@ def run(
         InputError: Something that was given is wrong; nothing was started and nothing is left behind.
         RunFailedError: The study could not go on at all.
     """
+    files: dict[str, str] = {}
+    if tasks is not None:
+        tasks, files = register_own(tasks, scale)
     asked: dict[str, Any] = {"scale": scale, "tasks": tasks, "arms": arms, "n_seeds": n_seeds, "seed": seed}
     how["data_dir"] = None if data_dir is None else Path(data_dir)
     if _kind_of(name_or_path) == "pruning":
@@ -97,7 +101,7 @@ def run(
 
         plan = load_pruning_study(name_or_path, **asked)
         return run_pruning_study(plan, Path("runs") / plan.study if out is None else Path(out), **how)
-    study = load_study(name_or_path, **asked)
+    study = replace(load_study(name_or_path, **asked), own_tasks=files)
     return run_study(study, Path("runs") / study.study if out is None else Path(out), **how)
 
 

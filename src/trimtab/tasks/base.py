@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import InputError, unknown_name
+from trimtab.tasks.augmentation import Augmentation
 
 __all__ = ["Data", "Split", "Task", "pick"]
 
@@ -84,6 +85,8 @@ class Task:
         block_size: Tokens in a window of text.
         eval_batches: Batches of fixed windows that an evaluation of text reads (train and val).
         test_batches: The same for the test split, which is read once.
+        augmentation: What may be done to its images; None where there are none.
+        is_augmented: Whether it is done, to train batches alone.
     """
 
     name: str
@@ -106,6 +109,8 @@ class Task:
     block_size: int | None = None
     eval_batches: int = 20
     test_batches: int = 100
+    augmentation: Augmentation | None = None
+    is_augmented: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -137,6 +142,10 @@ class Task:
             _is_count(self.block_size) if needs_block else self.block_size is None,
             "a whole number of at least 1 for text, and None for anything else",
         )
+
+        self._check("augmentation", isinstance(self.augmentation, Augmentation | None), "an Augmentation, or None")
+        can_be = isinstance(self.is_augmented, bool) and (self.augmentation is not None or not self.is_augmented)
+        self._check("is_augmented", can_be, "False, since it has no augmentation, or True with one")
 
     def _check(self, field: str, is_right: bool, expected: str) -> None:
         if not is_right:

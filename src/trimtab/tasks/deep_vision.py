@@ -99,6 +99,7 @@ def _task(
         total_steps=steps,
         eval_every=steps // max(epochs, 4),
         warmup_steps=steps // 20,
+        augmentation=vision.CIFAR10_AUGMENTATION if dataset == "cifar10" else vision.MNIST_AUGMENTATION,
     )
 
 

@@ -13,27 +13,30 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from trimtab.errors import MissingDataError
 from trimtab.tasks.data import Source, extra
 
 __all__ = ["fetch"]
 
+Kind = Literal["dataset", "model"]
 LIMIT_S = 5.0  # DESIGN, rules at the edges: the hub is tried once, at most five seconds
 _CHILD = """
 import sys
 from huggingface_hub import snapshot_download
-snapshot_download(sys.argv[1], repo_type="dataset", cache_dir=sys.argv[2], allow_patterns=sys.argv[3:])
+snapshot_download(sys.argv[1], cache_dir=sys.argv[2], repo_type=sys.argv[3], allow_patterns=sys.argv[4:])
 """
 
 
-def fetch(source: Source, repo_id: str, patterns: dict[str, str]) -> dict[str, list[Path]]:
-    """Files of a data set on the hub, from its cache or fetched now.
+def fetch(source: Source, repo_id: str, patterns: dict[str, str], *, kind: Kind = "dataset") -> dict[str, list[Path]]:
+    """Files of a data set (or of a network) on the hub, from its cache or fetched now.
 
     Args:
         source: The data set, for messages.
         repo_id: Its id on the hub, for example "ylecun/mnist".
         patterns: Split -> glob of its files in the repository.
+        kind: Of the repository.
 
     Returns:
         Split -> its files.
@@ -43,11 +46,12 @@ def fetch(source: Source, repo_id: str, patterns: dict[str, str]) -> dict[str, l
         MissingDataError: The hub did not give it within five seconds; nothing is left behind.
     """
     cache = Path(extra("huggingface_hub.constants", source.dataset).HF_HUB_CACHE)
-    found = _in_cache(cache, repo_id, patterns)
+    folder = cache / f"{kind}s--{repo_id.replace('/', '--')}"
+    found = _in_cache(folder, patterns)
     if found is not None:
         return found
-    why = _download(cache, repo_id, list(patterns.values()))
-    found = _in_cache(cache, repo_id, patterns)
+    why = _download(folder, repo_id, kind, list(patterns.values()))
+    found = _in_cache(folder, patterns)
     if found is None:
         raise MissingDataError(
             f"no {source.dataset} data: no data directory was given (--data-dir), {repo_id} is not in "
@@ -56,13 +60,9 @@ def fetch(source: Source, repo_id: str, patterns: dict[str, str]) -> dict[str, l
     return found
 
 
-def _folder(repo_id: str) -> str:
-    return "datasets--" + repo_id.replace("/", "--")
-
-
-def _in_cache(cache: Path, repo_id: str, patterns: dict[str, str]) -> dict[str, list[Path]] | None:
+def _in_cache(folder: Path, patterns: dict[str, str]) -> dict[str, list[Path]] | None:
     """Files of the newest snapshot that has all splits."""
-    snapshots = [path for path in (cache / _folder(repo_id) / "snapshots").glob("*") if path.is_dir()]
+    snapshots = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
     for snapshot in sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True):
         found = {split: sorted(snapshot.glob(pattern)) for split, pattern in patterns.items()}
         if all(found.values()):
@@ -70,10 +70,10 @@ def _in_cache(cache: Path, repo_id: str, patterns: dict[str, str]) -> dict[str, 
     return None
 
 
-def _download(cache: Path, repo_id: str, patterns: list[str]) -> str | None:
+def _download(folder: Path, repo_id: str, kind: Kind, patterns: list[str]) -> str | None:
     """Fetch into the cache; returns why it was not done, None when it was."""
     with tempfile.TemporaryDirectory(prefix="trimtab-hub-") as temporary:
-        command = [sys.executable, "-c", _CHILD, repo_id, temporary, *patterns]
+        command = [sys.executable, "-c", _CHILD, repo_id, temporary, kind, *patterns]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
         except subprocess.TimeoutExpired:
@@ -81,7 +81,7 @@ def _download(cache: Path, repo_id: str, patterns: list[str]) -> str | None:
         if done.returncode:
             lines = done.stderr.strip().splitlines()
             return lines[-1][:300].rstrip(".") if lines else f"exit code {done.returncode}"
-        return _move(Path(temporary) / _folder(repo_id), cache / _folder(repo_id))
+        return _move(Path(temporary) / folder.name, folder)
 
 
 def _move(fetched: Path, place: Path) -> str | None:

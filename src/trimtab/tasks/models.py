@@ -1,4 +1,4 @@
-"""Networks of the tasks: MLP, small convolutional networks, four classifiers of sentences, and a GPT.
+"""Networks of the tasks: MLP, small convolutional networks, classifiers of sentences, and a GPT.
 
 Called by the task modules. Weights are drawn from torch's global generator, which the training loop lends.
 
@@ -30,6 +30,7 @@ __all__ = [
     "GPTConfig",
     "LSTMDense",
     "MeanEmbedding",
+    "PackedLSTM",
     "cifar10_cnn",
     "conv_dense",
     "digits_cnn",
@@ -183,8 +184,40 @@ class MeanEmbedding(nn.Module):
         return logits
 
 
-class BiLSTM(nn.Module):
-    """Embedding, one bidirectional LSTM, dense layer on both last states: tokens (B, L) -> (B, n_classes).
+class PackedLSTM(nn.Module):
+    """Embedding, one LSTM over packed sentences, dense layer on its last state: tokens (B, L) -> (B, n_classes).
+
+    Args:
+        vocab_size: V, `PADDING` included.
+        width: Of an embedding.
+        units: Of each direction.
+        n_classes: Logits.
+        is_bidirectional: A second direction, which reads from the end; the dense layer reads both last states.
+    """
+
+    def __init__(
+        self, vocab_size: int, width: int, units: int, n_classes: int, *, is_bidirectional: bool = False
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, width, padding_idx=PADDING)
+        self.lstm = nn.LSTM(width, units, batch_first=True, bidirectional=is_bidirectional)
+        self.head = nn.Linear((2 if is_bidirectional else 1) * units, n_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits; padding changes nothing: no direction reads it, and the backward one begins at the last token.
+
+        Args:
+            tokens: (B, L) int64, each row a sentence of one token or more, filled up with `PADDING` behind it.
+        """
+        lengths = tokens.ne(PADDING).sum(1).cpu()  # packing wants them there
+        packed = pack_padded_sequence(self.tokens(tokens), lengths, batch_first=True, enforce_sorted=False)
+        _, (last, _) = self.lstm(packed)  # (1 or 2, B, units)
+        logits: Tensor = self.head(torch.cat((last[0], last[1]), dim=1) if self.lstm.bidirectional else last[0])
+        return logits
+
+
+class BiLSTM(PackedLSTM):
+    """`PackedLSTM` of both directions.
 
     Args:
         vocab_size: V, `PADDING` included.
@@ -194,22 +227,7 @@ class BiLSTM(nn.Module):
     """
 
     def __init__(self, vocab_size: int, width: int, units: int, n_classes: int) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(vocab_size, width, padding_idx=PADDING)
-        self.lstm = nn.LSTM(width, units, batch_first=True, bidirectional=True)
-        self.head = nn.Linear(2 * units, n_classes)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits; padding changes nothing, since the backward direction begins at each sentence's last token.
-
-        Args:
-            tokens: (B, L) int64, each row a sentence of one token or more, filled up with `PADDING`.
-        """
-        lengths = tokens.ne(PADDING).sum(1).cpu()  # packing wants them there
-        packed = pack_padded_sequence(self.tokens(tokens), lengths, batch_first=True, enforce_sorted=False)
-        _, (last, _) = self.lstm(packed)  # (2, B, units)
-        logits: Tensor = self.head(torch.cat((last[0], last[1]), dim=1))
-        return logits
+        super().__init__(vocab_size, width, units, n_classes, is_bidirectional=True)
 
 
 class BiLSTMDense(nn.Module):

@@ -1,9 +1,10 @@
 """Reviews: IMDb, whether a film review is positive.
 
-Called by `trimtab.tasks.tuning` and `trimtab.tasks.pruning`. The published train set is cut into train and val with a
-fixed seed, stratified (the file has all negative reviews first, so it is never read in its order); the published test
-set is the test split. A review that the train file has more than once is taken once, so that no text of val is a text
-of train too. The published test set is left as it is: 123 of its 25,000 reviews are in the train file, word for word.
+Called by `trimtab.tasks.tuning`, `pruning`, `recurrent` and `bert`. The published train set is cut into train and val
+with a fixed seed, stratified (the file has all negative reviews first, so it is never read in its order); the
+published test set is the test split. A review that the train file has more than once is taken once, so that no text
+of val is a text of train too. The published test set is left as it is: 123 of its 25,000 reviews are in the train
+file, word for word.
 
 | scale | train / val / test | words | tokens of a review |
 |---|---|---|---|
@@ -30,7 +31,7 @@ from trimtab.tasks.base import Data, pick
 from trimtab.tasks.data import Source, find, stratified_cuts, train_and_held_out
 from trimtab.tasks.sentences import make_split, make_vocabulary, read_texts
 
-__all__ = ["load_imdb", "split_words"]
+__all__ = ["imdb_texts", "load_imdb", "split_words"]
 
 _SOURCE = Source(
     "imdb",
@@ -78,8 +79,35 @@ def load_imdb(data_dir: Path | None, *, scale: str, sizes: tuple[int, int, int] 
         InputError: A file is broken, or not what it should be.
         UnknownNameError: There is no such scale.
     """
-    usual, n_words, length = pick(scale, _PRESETS)
-    sizes = sizes or usual
+    _, n_words, length = pick(scale, _PRESETS)
+    train, val, test = (
+        ([split_words(text, length) for text in texts], labels)
+        for texts, labels in imdb_texts(data_dir, scale=scale, sizes=sizes)
+    )
+    vocabulary = make_vocabulary(train[0], n_words)
+    splits = [
+        make_split(words, labels, np.arange(len(labels)), vocabulary, length) for words, labels in (train, val, test)
+    ]
+    info = {"n_classes": 2, "vocab_size": len(vocabulary) + 2, "length": length}
+    return Data(splits[0], splits[1], splits[2], info=info)
+
+
+def imdb_texts(
+    data_dir: Path | None, *, scale: str, sizes: tuple[int, int, int] | None = None
+) -> list[tuple[list[str], Labels]]:
+    """Reviews of train, val and test as they were written, and their labels, (B,).
+
+    Args:
+        data_dir: As for `load_imdb`.
+        scale: As for `load_imdb`.
+        sizes: As for `load_imdb`.
+
+    Raises:
+        MissingDataError: It is not there.
+        InputError: A file is broken, or not what it should be.
+        UnknownNameError: There is no such scale.
+    """
+    sizes = sizes or pick(scale, _PRESETS)[0]
     if data_dir is None:
         paths = hub.fetch(_SOURCE, _REPO_ID, {split: f"{_FOLDER}/{split}-*.parquet" for split in ("train", "test")})
     else:
@@ -94,13 +122,8 @@ def load_imdb(data_dir: Path | None, *, scale: str, sizes: tuple[int, int, int] 
     texts, labels = _without_repetitions(texts, labels)
     train, val = train_and_held_out(labels, _HELD_SHARE, sizes[:2], "imdb")
     test = stratified_cuts(test_labels, (min(sizes[2], len(test_labels)),), "imdb test")[0]
-    words = {row: split_words(texts[row], length) for row in (*train, *val)}
-    vocabulary = make_vocabulary([words[row] for row in train], n_words)
-    splits = [make_split(words, labels, rows, vocabulary, length) for rows in (train, val)]
-    test_words = {row: split_words(test_texts[row], length) for row in test}
-    splits.append(make_split(test_words, test_labels, test, vocabulary, length))
-    info = {"n_classes": 2, "vocab_size": len(vocabulary) + 2, "length": length}
-    return Data(splits[0], splits[1], splits[2], info=info)
+    parts = [([texts[row] for row in rows], labels[rows]) for rows in (train, val)]
+    return [*parts, ([test_texts[row] for row in test], test_labels[test])]
 
 
 def _without_repetitions(texts: list[str], labels: Labels) -> tuple[list[str], Labels]:

@@ -32,7 +32,16 @@ from trimtab.tasks import hub, models
 from trimtab.tasks.base import Data, Split, Task, pick
 from trimtab.tasks.data import Rows, Source, find, read_parquet, stratified_cuts, train_and_held_out
 
-__all__ = ["encode", "load_sst2", "make_split", "make_vocabulary", "read_texts", "sst2_bilstm", "sst2_mlp"]
+__all__ = [
+    "encode",
+    "load_sst2",
+    "make_split",
+    "make_vocabulary",
+    "read_texts",
+    "sst2_bilstm",
+    "sst2_mlp",
+    "sst2_texts",
+]
 
 _SOURCE = Source(
     "sst2",
@@ -105,7 +114,29 @@ def load_sst2(data_dir: Path | None, *, scale: str) -> Data:
         InputError: A file is broken, or not what it should be.
         UnknownNameError: There is no such scale.
     """
-    sizes, n_words = pick(scale, _PRESETS)
+    _, n_words = pick(scale, _PRESETS)
+    train, val, test = sst2_texts(data_dir, scale=scale)
+    vocabulary = make_vocabulary(train[0], n_words)
+    splits = [
+        make_split(texts, labels, np.arange(len(labels)), vocabulary, LENGTH) for texts, labels in (train, val, test)
+    ]
+    info = {"n_classes": 2, "vocab_size": len(vocabulary) + 2, "length": LENGTH}
+    return Data(splits[0], splits[1], splits[2], info=info)
+
+
+def sst2_texts(data_dir: Path | None, *, scale: str) -> list[tuple[list[str], npt.NDArray[np.int64]]]:
+    """Sentences of train, val and test, and their labels, (B,).
+
+    Args:
+        data_dir: As for `load_sst2`.
+        scale: As for `load_sst2`.
+
+    Raises:
+        MissingDataError: It is not there.
+        InputError: A file is broken, or not what it should be.
+        UnknownNameError: There is no such scale.
+    """
+    sizes, _ = pick(scale, _PRESETS)
     if data_dir is None:
         paths = hub.fetch(_SOURCE, "nyu-mll/glue", {name: f"sst2/{name}-*.parquet" for name in ("train", "validation")})
     else:
@@ -118,13 +149,8 @@ def load_sst2(data_dir: Path | None, *, scale: str) -> Data:
     )
     train, val = train_and_held_out(labels, _HELD_SHARE, sizes[:2], "sst2")
     test = stratified_cuts(test_labels, (min(sizes[2], len(test_labels)),), "sst2 test")[0]
-    vocabulary = make_vocabulary([sentences[row] for row in train], n_words)
-    return Data(
-        make_split(sentences, labels, train, vocabulary, LENGTH),
-        make_split(sentences, labels, val, vocabulary, LENGTH),
-        make_split(test_sentences, test_labels, test, vocabulary, LENGTH),
-        info={"n_classes": 2, "vocab_size": len(vocabulary) + 2, "length": LENGTH},
-    )
+    parts = [([sentences[row] for row in rows], labels[rows]) for rows in (train, val)]
+    return [*parts, ([test_sentences[row] for row in test], test_labels[test])]
 
 
 def read_texts(

@@ -29,10 +29,13 @@ from torch import nn
 
 from trimtab.errors import InputError
 from trimtab.tasks import hub, models
+from trimtab.tasks.augmentation import Augmentation
 from trimtab.tasks.base import Data, Split, Task, pick
 from trimtab.tasks.data import Source, decode_images, find, read_parquet, stratified_cuts, train_and_held_out
 
 __all__ = [
+    "CIFAR10_AUGMENTATION",
+    "MNIST_AUGMENTATION",
     "cifar10_cnn",
     "digits_cnn",
     "digits_mlp",
@@ -42,6 +45,10 @@ __all__ = [
     "mnist_cnn",
     "mnist_mlp",
 ]
+
+
+_PADDING = 4  # pixels of a crop, as in He et al. 2016, arXiv:1512.03385, section 4.2
+_DEGREES = 10.0  # of a rotation, as the learning-rate write-up has it
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,13 @@ class _ImageSet:
     mean: tuple[float, ...]  # one a channel
     std: tuple[float, ...]
     border: int = 0  # black pixels that are put around an image
+    flip: bool = False  # whether a mirrored image is one of its class
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """Mirrored where that may be, cropped and rotated; black is what lies outside."""
+        black = tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
+        return Augmentation(black, flip=self.flip, padding=_PADDING, degrees=_DEGREES)
 
 
 _MNIST = _ImageSet(
@@ -86,7 +100,10 @@ _CIFAR10 = _ImageSet(
     held_share=10,
     mean=(0.4914, 0.4822, 0.4465),  # of the 50,000 train images: red, green, blue
     std=(0.2470, 0.2435, 0.2616),
+    flip=True,
 )
+MNIST_AUGMENTATION = _MNIST.augmentation
+CIFAR10_AUGMENTATION = _CIFAR10.augmentation
 _DIGITS_SIZES = (1077, 360, 360)
 # Steps and steps between validations; 660 steps are 20 epochs, and the set is too small for more.
 _DIGITS_STEPS = {"smoke": (60, 5), "small": (660, 20), "full": (660, 20)}
@@ -218,6 +235,7 @@ def _image_task(
         total_steps=steps,
         eval_every=every,
         warmup_steps=steps // 20,
+        augmentation=images.augmentation,
     )
 
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import InputError
-from trimtab.tasks.base import Split
+from trimtab.seeding import torch_generator
+from trimtab.tasks.augmentation import Augmentation
+from trimtab.tasks.base import Split, Task
 
-__all__ = ["Batches", "EpochBatches", "WindowBatches", "fixed_batches", "fixed_windows"]
+__all__ = ["Batches", "EpochBatches", "WindowBatches", "augmentation_of", "fixed_batches", "fixed_windows"]
 
 EVAL_BATCH = 128  # samples; larger ones cost convolutions up to twice the time (caches), smaller ones cost MLPs
 
@@ -49,15 +51,24 @@ class EpochBatches:
         split: Train split, on the device of the run.
         batch_size: Samples in a batch.
         generator: CPU generator that the orders are drawn from.
+        augmentation: What is done to the images of a batch, and the CPU generator that it draws from, which is another
+            one, so that the order stays the same; None leaves them alone.
 
     Raises:
         InputError: The split is smaller than one batch.
     """
 
-    def __init__(self, split: Split, batch_size: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        generator: torch.Generator,
+        augmentation: tuple[Augmentation, torch.Generator] | None = None,
+    ) -> None:
         self._split = split
         self.batch_size = batch_size
         self._generator = generator
+        self._augmentation = augmentation
         self._n = self.n_samples = len(split.inputs)
         if self._n < batch_size:
             raise InputError(f"batch_size {batch_size} is more than the {self._n} train samples; make it smaller")
@@ -75,31 +86,43 @@ class EpochBatches:
             end = size
         rows = self._order[end - size : end]
         self._position = end
-        return self._split.inputs.index_select(0, rows), self._split.targets.index_select(0, rows)
+        inputs, targets = self._split.inputs.index_select(0, rows), self._split.targets.index_select(0, rows)
+        if self._augmentation is not None:
+            augment, generator = self._augmentation
+            inputs = augment(inputs, generator)
+        return inputs, targets
 
     def example(self, size: int) -> Tensor:
-        """(B, ...) inputs: the first ones of the split."""
+        """(B, ...) inputs: the first ones of the split, as they are."""
         return self._split.inputs[:size]
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch's order, the place in it, and the generator of the next."""
-        return {
+        """The epoch's order, the place in it, the generator of the next, and that of the augmentation."""
+        state = {
             "order": self._order.to("cpu", copy=True),
             "position": self._position,
             "generator": self._generator.get_state(),
         }
+        return state if self._augmentation is None else state | {"augmentation": self._augmentation[1].get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`.
 
         Raises:
-            InputError: The order is not one of this split.
+            InputError: The order is not one of this split, or only one of the two streams is augmented.
         """
+        if ("augmentation" in state) != (self._augmentation is not None):
+            there = "with" if "augmentation" in state else "without"
+            raise InputError(
+                f"the state is of a run {there} augmentation and this one is not; set the task's is_augmented alike"
+            )
         if len(state["order"]) not in (0, self._n):
             raise InputError(f"the state holds an order of {len(state['order'])} samples, the train split {self._n}")
         self._order = state["order"].to(self._split.inputs.device, copy=True)
         self._position = state["position"]
         self._generator.set_state(state["generator"])
+        if self._augmentation is not None:
+            self._augmentation[1].set_state(state["augmentation"])
 
 
 class WindowBatches:
@@ -141,6 +164,23 @@ class WindowBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self._generator.set_state(state["generator"])
+
+
+def augmentation_of(task: Task, train: Split, seed: int) -> tuple[Augmentation, torch.Generator] | None:
+    """What a task does to its train batches, with a generator of its own; None where it does nothing.
+
+    Args:
+        task: Says what, and whether.
+        train: Its train split.
+        seed: Root seed of the run.
+
+    Raises:
+        InputError: The split holds no images that the augmentation fits.
+    """
+    if not task.is_augmented or task.augmentation is None:
+        return None
+    task.augmentation.check(train.inputs, task.name)
+    return task.augmentation, torch_generator(seed, "augmentation")
 
 
 def fixed_batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:

@@ -7,8 +7,8 @@ The budget is one of training FLOPs: those of the task's `total_steps` at the ta
 network. It is kept in optimizer steps of that cost (`spent`, `step_cost`), so that where nothing changes the cost of a
 step it is a number of steps, and no FLOP has to be counted.
 
-What is drawn comes from one seed and three independent streams, "data order", "weights" and "dropout", so the
-same seed gives the same start whatever is done to the run later. No global generator is seeded: it is lent to
+What is drawn comes from one seed and four independent streams, "data order", "augmentation", "weights" and "dropout",
+so the same seed gives the same start whatever is done to the run later. No global generator is seeded: it is lent to
 the model for drawing its weights, and for each step if the model has dropout, and put back. A model that
 draws from it in other ways (noise in `forward`) is outside what is saved.
 
@@ -33,7 +33,14 @@ from trimtab.places import dropout_places
 from trimtab.seeding import derive_seed, scoped_global_rng, torch_generator
 from trimtab.surgery import Surgeon
 from trimtab.tasks.base import Data, Split, Task
-from trimtab.training.batches import Batches, EpochBatches, WindowBatches, fixed_batches, fixed_windows
+from trimtab.training.batches import (
+    Batches,
+    EpochBatches,
+    WindowBatches,
+    augmentation_of,
+    fixed_batches,
+    fixed_windows,
+)
 from trimtab.training.own_optimizers import evaluated_weights
 
 __all__ = ["TrainingLoop", "make_optimizer"]
@@ -106,7 +113,7 @@ class TrainingLoop:
         train = self._splits["train"]
         if self.task.block_size is not None:
             return WindowBatches(train.inputs, self.task.block_size, self.task.batch_size, generator)
-        return EpochBatches(train, self.task.batch_size, generator)
+        return EpochBatches(train, self.task.batch_size, generator, augmentation_of(self.task, train, seed))
 
     @property
     def total_steps(self) -> int:

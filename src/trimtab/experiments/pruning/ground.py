@@ -21,7 +21,7 @@ from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.scores import score_sum
 from trimtab.seeding import derive_seed, scoped_global_rng, torch_generator
 from trimtab.tasks.base import Data, Split, Task
-from trimtab.training.batches import EpochBatches
+from trimtab.training.batches import EpochBatches, augmentation_of
 
 __all__ = ["FineTuner", "Ground", "HeldOut", "accuracy", "costs_of"]
 
@@ -85,7 +85,9 @@ class FineTuner:
     def __call__(self, model: nn.Module) -> None:
         """Train in place."""
         started = time.perf_counter()
-        batches = EpochBatches(self.train, self.task.batch_size, torch_generator(self.seed, "fine-tuning order"))
+        augmentation = augmentation_of(self.task, self.train, derive_seed(self.seed, "fine-tuning"))
+        order = torch_generator(self.seed, "fine-tuning order")
+        batches = EpochBatches(self.train, self.task.batch_size, order, augmentation)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, self.rate, self.task.betas, weight_decay=self.task.weight_decay)
         for _ in range(self.steps):
