@@ -7,6 +7,25 @@ import json
 import pytest
 
 from trimtab.experiments import run
+from trimtab.experiments.design import load_study
+from trimtab.experiments.plan import plan_jobs, study_json, tuned_jobs, tuning_jobs
+from trimtab.experiments.reading import read_study
+from trimtab.experiments.results import collect_study
+from trimtab.storage import write_json
+
+
+def test_the_report_waits_for_the_runs_that_the_plan_makes(tmp_path):
+    study = load_study("lr-scheduler")
+    write_json(tmp_path / "study.json", study_json(study, {}))
+    jobs = [*tuning_jobs(study), *plan_jobs(study), *(job for t in study.tasks for job in tuned_jobs(study, t, 1e-3))]
+    found = read_study(tmp_path)
+    assert found.n_planned == len({job.directory for job in jobs}) == len(jobs) == 2650
+    assert found.seeds_on("cifar10-vgg16") == 3
+    assert [arm.id for arm in found.arms_on("cifar10-vgg16")] == [a.id for a in study.arms_on("cifar10-vgg16")]
+    rows = [(row["id"], row["task"], row["status"]["planned"]) for row in collect_study(found)["arms"]]
+    assert [row for row in rows if row[1] == "cifar10-vgg16"] == [
+        (arm, "cifar10-vgg16", 3) for arm in ("constant", "cosine", "uwhg", "default-brain", "placebo:default-brain")
+    ]
 
 
 @pytest.mark.slow
