@@ -90,6 +90,7 @@ def test_lists_of_arms_studies_recipes_and_brains(capsys):
         "cnn-intervention",
         "demo",
         "experience",
+        "lr-scheduler",
         "pruning",
         "transformer-lr",
     ]

@@ -163,6 +163,8 @@ def _ratio(grid: _Grid, reference: _Grid | None) -> dict[str, Any] | None:
         return None
     ours, theirs = grid.columns(seeds), reference.columns(seeds)
     theirs = np.broadcast_to(theirs, ours.shape)
+    if not theirs.mean() > 0:
+        return None  # a share of no loss at all
     return {"mean": float(ours.mean() / theirs.mean()), "interval": _interval(ours, theirs)}
 
 

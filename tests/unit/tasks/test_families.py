@@ -499,7 +499,8 @@ def test_no_source_is_a_data_set_that_controllers_are_judged_on():
         "shakespeare_char",
     ]
     assert all(is_held_out(name) for name in judged_on)
-    ours = [name for name in registry.names("task") if not name.startswith(("enwik8", "text8"))]
+    # Diabetes is among the families' sources: a brain's report on it is refused (check_provenance).
+    ours = [name for name in registry.names("task") if not name.startswith(("enwik8", "text8", "diabetes"))]
     assert all(is_held_out(name) for name in ours)
 
 
