@@ -144,7 +144,8 @@ def _best_tuned(grid: _Grid, row: Mapping[str, Any], tuned: _Grid | None) -> dic
     seeds = [] if tuned is None else [seed for seed in grid.seeds if seed in tuned.seeds]
     if tuned is not None and seeds:
         reference = float(tuned.columns(seeds).mean())
-        over = float(np.mean([values[grid.seeds.index(seed)] for seed in seeds])) / reference
+        ours = float(np.mean([values[grid.seeds.index(seed)] for seed in seeds]))
+        over = ours / reference if reference > 0 else None
     return {
         "initial_lrs": chosen,
         "runs": runs,
