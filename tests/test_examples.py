@@ -40,7 +40,7 @@ def test_a_task_of_ones_own_is_run_in_a_study(tmp_path):
     assert study["tasks"] == ["two_moons"]
     assert study["own_tasks"] == {"two_moons": hashlib.sha256((EXAMPLES / "own_task.py").read_bytes()).hexdigest()}
     folder = tmp_path / "moons" / "runs" / "two_moons" / "constant" / "report" / "lr-0.0003" / "seed-0"
-    assert json.loads((folder / "result.json").read_text())["optimizer_steps"] == 60
+    assert json.loads((folder / "result.json").read_text())["metrics"]["optimizer_steps"] == 60
 
 
 def test_every_example_is_tested():
