@@ -353,7 +353,7 @@ def test_schedules_that_need_an_end_say_so(name: str) -> None:
         ),
         ("q_learning", {"epsilon_schedule": "cosine"}, "unknown epsilon schedule 'cosine'"),
         ("q_learning", {"epsilon_decisions": 0}, "epsilon_decisions is 0; expected a whole number of 1 or more"),
-        ("q_learning", {"epsilon_decisions": "many"}, "epsilon_decisions is 'many'; expected a whole number of 1 or more"),
+        ("q_learning", {"epsilon_decisions": "many"}, "epsilon_decisions is 'many'; expected a whole number"),
         ("constant", {"scale": 2}, "unknown option of agent 'constant' 'scale'"),
         ("uwhg", {"target": 9}, "uwhg: target 9"),
         ("uwhg", {"gain": "a"}, "agent 'uwhg'"),
