@@ -147,7 +147,9 @@ def _by_method(
         log = cell_path(ground.folder, target, method).with_suffix(f".evaluations-{number}.jsonl")
         log.parent.mkdir(parents=True, exist_ok=True)
         outcomes.append(run_method(method, given, now, limit, log=log))
-        history += [row["score"] for row in read_lines(log)][1:]  # the first is the dense network's
+        # The first is the dense network's; where only one part was cut, to see what that loses, it is no candidate.
+        rows = read_lines(log)[1:]
+        history += [row["score"] if limit.fits(tuple(row["widths"])) else None for row in rows]
         # Retraining inside of a search belongs to it: only the last ones are of the candidates.
         tuned_s += 0.0 if tuner is None else sum(tuner.seconds[-len(outcomes[-1].candidates) :])
         if number < stages:
