@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from trimtab.agents.base import Actions
 from trimtab.errors import BrainError, InputError, UnknownNameError
 from trimtab.experience import ExperienceStore
 from trimtab.storage import load_state, save_state
+
+REAL = os.environ.get("TRIMTAB_DATA")
 
 CONFIG: dict[str, Any] = {
     "learning_rate": 3e-4,
@@ -364,6 +367,31 @@ def test_leaving_our_own_environment_alone_moves_nothing() -> None:
         observation, reward, _, _, infos = env.step(tuner.last_action)
         tuner.learn_from_intervention(observation, float(reward), False)
         assert infos["weight_decay"] == first
+
+
+@pytest.mark.skipif(REAL is None, reason="TRIMTAB_DATA names no folder with the real sets")
+def test_the_snippet_on_cifar10_is_read_back_knob_by_knob(tmp_path: Path) -> None:
+    knobs = ("lr", "dropout", "weight_decay", "optimizer")
+    env = gymnasium.make("trimtab/Training-v0", task="cifar10-cnn", scale="smoke", knobs=knobs, data_dir=REAL)
+    tuner = HyperParameterOptimizer(env, {**CONFIG, "intervention_threshold": 0, "brain_save_dir": tmp_path, "seed": 0})
+    observation, infos = env.reset(seed=0)
+    n_stayed = 0
+    over = False
+    while not over:
+        before, blind = infos["optimizer"], infos["rolled_back"]
+        answer = tuner.optimize_hyperparameters(observation)
+        assert answer is not None
+        assert list(answer) == list(knobs)
+        observation, reward, over, _, infos = env.step(tuner.last_action)
+        tuner.learn_from_intervention(observation, float(reward), True, terminated=over)
+        if blind or infos["rolled_back"]:
+            continue
+        assert infos["dropout"] == pytest.approx(answer["dropout"])
+        assert ("sgd", "adam", "adamw")[int(infos["optimizer"])] == answer["optimizer"]
+        if infos["optimizer"] == before:  # a switch converts rate and decay
+            n_stayed += 1
+            assert infos["weight_decay"] == pytest.approx(answer["weight_decay"])
+    assert n_stayed >= 1
 
 
 def test_with_one_seed_it_learns_where_to_act() -> None:

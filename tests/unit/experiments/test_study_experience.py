@@ -135,6 +135,19 @@ def test_runs_before_the_one_that_counts_may_train_other_tasks(tmp_path: Path, m
     assert result["learning"]["optimizer_steps"] == 60
 
 
+@pytest.mark.parametrize("inner", ["ppo", "dqn"])
+def test_a_tuner_too_goes_on_from_what_was_kept_as_from_what_it_learned(tmp_path: Path, inner: str) -> None:
+    arm = {"agent": "tuner", "arm": "tuner", "options": {"agent": inner, "n_decisions": 8}, "knobs": ["lr"]}
+    learning = {**arm, "base": "constant", "learn_runs": 3, "learn_tasks": ["digits-cnn"], "total_steps": 60}
+    run(tmp_path / "a", **learning)
+    second = run(tmp_path / "a", task="digits-tuning", directory="runs/second", **learning)
+    alone = run(tmp_path / "b", task="digits-tuning", directory="runs/second", **learning)
+    assert second["learning"] == alone["learning"]
+    assert second["metrics"] == alone["metrics"]
+    series = [(tmp_path / name / "runs/second/decisions.jsonl").read_text() for name in "ab"]
+    assert series[0] == series[1] != ""
+
+
 def test_what_is_learned_on_other_tasks_is_learned_once_and_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
