@@ -185,6 +185,9 @@ def prune_command(  # noqa: PLR0913 (one argument for each option of the command
     fine_tune_steps: Annotated[
         int | None, typer.Option(help="Optimizer steps of a fine-tuning; one pass over the data if not given.")
     ] = None,
+    score_steps: Annotated[
+        int, typer.Option(help="Optimizer steps before each score of a search, where cut networks only guess.")
+    ] = 0,
     stages: Annotated[int, typer.Option(help="Stages of pruning and fine-tuning.")] = 1,
     multiple: Annotated[int, typer.Option(help="Widths are multiples of it.")] = 8,
     brain: Annotated[
@@ -204,13 +207,14 @@ def prune_command(  # noqa: PLR0913 (one argument for each option of the command
     """Train a task's network, prune it to a target, fine-tune it, and report."""
     options: dict[str, Any] = {
         "max_evaluations": max_evaluations, "stages": stages, "multiple": multiple, "brain": brain, "seed": seed,
-        "fine_tune_steps": fine_tune_steps, "model": model, "scale": scale, "out": out,
+        "fine_tune_steps": fine_tune_steps, "score_steps": score_steps, "model": model, "scale": scale, "out": out,
     }  # fmt: skip
     words = {"target": target, "agent": agent, "baselines": baselines, **options, "data-dir": data_dir}
     usual = {
         "agent": "ppo",
         "max_evaluations": 100,
         "stages": 1,
+        "score_steps": 0,
         "multiple": 8,
         "brain": "pruning",
         "seed": 0,

@@ -319,6 +319,8 @@ def test_bad_input_is_one_error(trained: nn.Module) -> None:
         ({"n_best": 0}, "n_best is 0"),
         ({"backend": "torch"}, "backend 'torch'"),
         ({"fine_tune": 3}, "fine_tune is int"),
+        ({"score_after": 3}, "score_after is int; expected a function that trains a network in place"),
+        ({"score_after": raising}, "the training before a score raised KeyError: 'labels'; score_after"),
         ({"agent": "paper"}, "agent 'paper' retrains after each action: give fine_tune="),
         ({"baselines": ["paper"]}, "agent 'paper' retrains after each action: give fine_tune="),
         ({"stages": 2, "max_evaluations": 16}, "stages are fine-tuned in between: give fine_tune="),

@@ -31,8 +31,9 @@ class Candidate:
     Attributes:
         name: Of the method that proposed it.
         widths: The configuration.
-        before: Score on validation before fine-tuning.
-        after: The same after; equal to `before` where nothing was fine-tuned, None where that failed.
+        before: Score on validation in the search: as it was cut, or after the short training that was asked for there.
+        after: The same after fine-tuning, or of the network as it was cut where nothing is fine-tuned; None where
+            that failed.
         share: Cost in units of the dense network's.
         evaluations: Configurations that were scored to find it.
         failure: Why there is no score after fine-tuning; empty where there is one.
@@ -55,6 +56,7 @@ def tuned(
     *,
     seed: int,
     orders: Sequence[Tensor] | None = None,
+    is_scored_as_cut: bool = True,
 ) -> tuple[Candidate, nn.Module]:
     """A candidate with its score after fine-tuning, and its network, in evaluation.
 
@@ -68,12 +70,15 @@ def tuned(
         rate: Score of a network.
         seed: Of what `fine_tune` draws from torch's generators.
         orders: Units by importance, where not the network's own.
+        is_scored_as_cut: Whether its score before is that of the network as it was cut.
     """
     model = network.cut(candidate.widths, orders)
-    if fine_tune is None:
+    if fine_tune is None and is_scored_as_cut:
         return replace(candidate, after=candidate.before), model
     try:
-        score = _score(retrained(model, fine_tune, seed), rate, _device_of(network.model))
+        if fine_tune is not None:
+            retrained(model, fine_tune, seed)
+        score = _score(model, rate, _device_of(network.model))
     except Exception as error:  # noqa: BLE001 (whatever a user's functions raise, it is said in the report)
         return replace(candidate, after=None, failure=f"{type(error).__name__}: {error}"), model.eval()
     if not math.isfinite(score):

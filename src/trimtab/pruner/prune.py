@@ -21,7 +21,7 @@ from trimtab.pruner.choice import FineTune
 from trimtab.pruner.methods import METHODS
 from trimtab.pruner.policies import SHIPPED, TaughtPolicy
 from trimtab.pruner.result import Costs, PruneReport, PruneResult
-from trimtab.pruner.stage import Given, Outcome, run_method
+from trimtab.pruner.stage import BLIND, Given, Outcome, run_method
 from trimtab.pruning.budget import Budget, Prunable, Target
 from trimtab.pruning.fingerprint import fingerprint
 from trimtab.pruning.latency import measure
@@ -45,6 +45,7 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
     evaluate: Callable[[nn.Module], float] | None = None,
     validation: object = None,
     fine_tune: FineTune | None = None,
+    score_after: FineTune | None = None,
     target: Mapping[str, Any] | None = None,
     agent: str = "ppo",
     max_evaluations: int = 100,
@@ -72,6 +73,8 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
             not of networks with batch norm, whose statistics are taken anew of the inputs after every cut.
         fine_tune: Trains a network in place, for a short while; called with copies, in training, with torch's random
             generators lent. None: nothing is fine-tuned.
+        score_after: Trains a cut network in place, for a moment, before each of its scores in a search: for networks
+            that only guess when they are cut, between which a search cannot choose. None: scored as they are cut.
         target: What may be left: {"flops": share}, {"params": share} or {"latency": share, "batch_size": n}; None
             halves the FLOPs.
         agent: "ppo", which was taught on many small networks before; "ppo-untaught", which was not; "paper", PPO with
@@ -112,7 +115,7 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
     ignored = _names("ignore", ignore)
     methods = _methods(agent, baselines)
     _check_counts(max_evaluations=max_evaluations, seed=seed, stages=stages, n_best=n_best)
-    _check_functions(fine_tune, on_news, needs="paper" in methods, stages=stages)
+    _check_functions(fine_tune, score_after, on_news, needs="paper" in methods, stages=stages)
     if checkpoint is not None and not isinstance(checkpoint, (str, Path)):
         raise InputError(f"checkpoint is {checkpoint!r}; expected a folder's path, or None")
     if backend not in BACKENDS:
@@ -132,13 +135,16 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
                     "backend": backend, "parts": {part.name: list(part.widths) for part in dense.parts}}  # fmt: skip
         given_by_user = {
             "brain": taught if agent == "ppo" else None,
+            "score_after": None if score_after is None else True,  # what it does cannot be compared
             "model": dense.model.state_dict(),
             "example_inputs": dense.inputs,
             "validation": validation,
         }
         _claim(folder, {"target": parsed.to_dict(), **options, **{k: fingerprint(v) for k, v in given_by_user.items()}})
     whole = _budget(dense, parsed, folder, 1, on_news)
-    given = Given(evaluate, validation, fine_tune, max_evaluations // stages, n_best, seed, taught, on_news)
+    given = Given(
+        evaluate, validation, fine_tune, max_evaluations // stages, n_best, seed, taught, score_after, on_news
+    )
     network, outcomes = dense, list[Outcome]()
     for number in range(1, stages + 1):
         target_now = replace(parsed, share=parsed.share ** (number / stages))
@@ -207,14 +213,15 @@ def _methods(agent: object, baselines: object) -> tuple[str, ...]:
     return (str(agent), *dict.fromkeys(others))
 
 
-def _check_functions(fine_tune: object, on_news: object, *, needs: bool, stages: int) -> None:
+def _check_functions(fine_tune: object, score_after: object, on_news: object, *, needs: bool, stages: int) -> None:
     """Refuse what is no function, and none where one is needed.
 
     Raises:
         InputError: Naming the argument.
     """
-    if fine_tune is not None and not callable(fine_tune):
-        raise InputError(f"fine_tune is {type(fine_tune).__name__}; expected a function that trains a network in place")
+    for name, given in (("fine_tune", fine_tune), ("score_after", score_after)):
+        if given is not None and not callable(given):
+            raise InputError(f"{name} is {type(given).__name__}; expected a function that trains a network in place")
     if on_news is not None and not callable(on_news):
         raise InputError(f"on_news is {type(on_news).__name__}; expected a function of the news, or None")
     if fine_tune is None and (needs or stages != 1):
@@ -292,6 +299,8 @@ def _result(
     if failed:
         failure = next(stage.proposal.failure for stage in stages if stage.proposal.failure)
         notes.append(f"{failed} configurations had no score; the first: {failure}")
+    if any(stage.is_blind for stage in stages):
+        notes.append(BLIND.format(how="give score_after=, a function that trains a cut network for a moment"))
     latency: dict[str, Any] = {}
     if budget.target.batch_size is not None:
         models = {"dense": dense.model, "pruned": last.model}

@@ -45,7 +45,7 @@ class PruneReport:
         seed: Of the search.
         dense: Of the network that was given.
         pruned: Of the result.
-        score_before: Of the result before it was fine-tuned.
+        score_before: Of the result in the search: before it was fine-tuned, after `score_after` where that was given.
         widths: Part -> (units of the dense network, units that stay); 0 for a layer that was taken out.
         refused: Layer -> why its units had to stay.
         evaluations: Configurations that were scored in the search.

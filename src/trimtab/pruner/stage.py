@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from trimtab.errors import InputError, TrimtabError
 from trimtab.progress import News
 from trimtab.pruner.choice import Candidate, FineTune, pick, retrained, tuned
 from trimtab.pruner.methods import Proposal, propose
@@ -23,7 +24,11 @@ from trimtab.pruning.parts import Configuration
 from trimtab.pruning.scorer import Scorer
 from trimtab.pruning.validation import Validation
 
-__all__ = ["Given", "Outcome", "run_method"]
+__all__ = ["BLIND", "Given", "Outcome", "run_method"]
+
+BLIND = (  # what is said of an outcome that is
+    "the best configuration scored no more than a guess before fine-tuning: nothing told configurations apart; {how}"
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Given:
         n_best: Candidates that are fine-tuned.
         seed: Of what is drawn.
         weights: What "ppo" starts from.
+        score_after: Trains a cut network in place before it is scored in a search, or None.
         on_news: Told how far it is, or None.
     """
 
@@ -48,6 +54,7 @@ class Given:
     n_best: int
     seed: int
     weights: Mapping[str, Tensor]
+    score_after: FineTune | None = None
     on_news: Callable[[News], None] | None = None
 
 
@@ -61,6 +68,7 @@ class Outcome:
         dense: Score of the network that it began with.
         candidates: What it proposed, after fine-tuning, the chosen one first.
         proposal: What it had to do for it.
+        is_blind: Whether the best that it proposed scored no more than a guess: it had nothing to go by.
     """
 
     method: str
@@ -68,6 +76,7 @@ class Outcome:
     dense: float
     candidates: tuple[Candidate, ...]
     proposal: Proposal
+    is_blind: bool = False
 
 
 def run_method(method: str, given: Given, network: Prunable, budget: Budget, *, log: Path | None = None) -> Outcome:
@@ -84,33 +93,48 @@ def run_method(method: str, given: Given, network: Prunable, budget: Budget, *, 
         InputError: The network cannot be scored.
         RunFailedError: No configuration has a score, or none after fine-tuning.
     """
-    rate, score_of = given.evaluate, None
+    rate, score_of, validation = given.evaluate, None, None
     if given.validation is not None:
         validation = Validation(given.validation, network.model, len(network.inputs))
         if has_statistics(network.model):
             network.calibration = validation.calibration
         rate = validation.rate
         score_of = _scores_on(validation, network)
-    if method == "paper" and given.fine_tune is not None and rate is not None:
-        score_of = partial(_score_retrained, network, given.fine_tune, rate, given.seed)
+    first = given.score_after or (given.fine_tune if method == "paper" else None)
+    rate_in_search = rate
+    if first is not None and rate is not None:
+        rate_in_search = partial(_rate_retrained, first, rate, given.seed)
+        score_of = partial(_score_retrained, network, rate, rate_in_search)
         scorer = Scorer(network, score_of=score_of, log=log, seed=given.seed)
     else:
         scorer = Scorer(network, evaluate=given.evaluate, score_of=score_of, log=log, seed=given.seed)
-    if rate is None:
+    if rate is None or rate_in_search is None:
         raise AssertionError("the scorer has refused neither")
     proposal = propose(
-        method, budget, scorer, rate, max_evaluations=given.max_evaluations, n_best=given.n_best, seed=given.seed,
-        weights=given.weights, on_news=_teller(given, method),
+        method, budget, scorer, rate_in_search, max_evaluations=given.max_evaluations, n_best=given.n_best,
+        seed=given.seed, weights=given.weights, on_news=_teller(given, method),
     )  # fmt: skip
     tell = _teller(given, f"{method}: fine-tuning", len(proposal.widths))
     found: list[tuple[Candidate, nn.Module]] = []
     for widths, score in zip(proposal.widths, proposal.scores, strict=True):
         candidate = Candidate(method, widths, score, None, budget.share(widths), proposal.evaluations)
-        found.append(tuned(network, candidate, given.fine_tune, rate, seed=given.seed, orders=proposal.orders))
+        found.append(
+            tuned(
+                network,
+                candidate,
+                given.fine_tune,
+                rate,
+                seed=given.seed,
+                orders=proposal.orders,
+                is_scored_as_cut=first is None,
+            )
+        )
         tell(len(found))
     chosen = pick(found)
     ordered = [found[chosen][0], *(candidate for place, (candidate, _) in enumerate(found) if place != chosen)]
-    return Outcome(method, found[chosen][1], scorer.dense, tuple(ordered), proposal)
+    best = max(proposal.scores)
+    is_blind = validation is not None and validation.is_guess(best) and not validation.is_guess(scorer.dense)
+    return Outcome(method, found[chosen][1], scorer.dense, tuple(ordered), proposal, is_blind)
 
 
 def _scores_on(validation: Validation, network: Prunable) -> Callable[[Configuration], float]:
@@ -122,15 +146,25 @@ def _scores_on(validation: Validation, network: Prunable) -> Callable[[Configura
 
 def _score_retrained(
     network: Prunable,
-    fine_tune: FineTune,
     rate: Callable[[nn.Module], float],
-    seed: int,
+    rate_in_search: Callable[[nn.Module], float],
     configuration: Configuration,
 ) -> float:
-    """Score of a configuration after one fine-tuning; of the dense network as it is."""
+    """Score of a configuration after one retraining; of the dense network as it is."""
     model = network.cut(configuration)
-    if configuration != network.dense:
-        retrained(model, fine_tune, seed)
+    return float(rate(model) if configuration == network.dense else rate_in_search(model))
+
+
+def _rate_retrained(train: FineTune, rate: Callable[[nn.Module], float], seed: int, model: nn.Module) -> float:
+    try:
+        retrained(model, train, seed)
+    except (TrimtabError, MemoryError):
+        raise
+    except Exception as error:  # whatever a user's function raises
+        raise InputError(
+            f"the training before a score raised {type(error).__name__}: {error}; score_after (of 'paper' fine_tune) "
+            "is called with a torch.nn.Module in training and trains it in place"
+        ) from error
     return float(rate(model))
 
 

@@ -5,6 +5,7 @@ Made by `trimtab.pruner` from the pair that the user gives; `evaluation` scores 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -75,6 +76,18 @@ class Validation:
         score_sum(outputs, targets)
         check_classes(outputs, all_targets)
         self.threshold = 0.5 if is_probability(outputs, targets) else 0.0
+
+    def is_guess(self, score: float) -> bool:
+        """Whether a score is no better than what a network gets that always answers the same.
+
+        That is the share of the most frequent class, and two standard errors of it; or minus the variance of numbers.
+        """
+        targets = torch.cat([of_batch for _, of_batch in self.batches])
+        if targets.is_floating_point():
+            return score <= -float(targets.double().var(0, correction=0).mean())
+        counts = torch.unique(targets[targets >= 0], return_counts=True)[1]  # negative ones are no class
+        share = float(counts.max()) / targets.numel() if len(counts) else 0.0
+        return score <= share + 2.0 * math.sqrt(share * (1.0 - share) / targets.numel())
 
     @property
     def calibration(self) -> list[tuple[Tensor, ...]]:

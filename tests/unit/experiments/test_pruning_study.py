@@ -90,6 +90,7 @@ def test_our_study_is_good_at_every_scale_and_runs_every_method():
         ("max_evaluation: 10", "unknown key in mine.yaml 'max_evaluation'; did you mean 'max_evaluations'?"),
         ("max_evaluations: 7", "mine.yaml: max_evaluations: got 7, expected a whole number of at least 8"),
         ("fine_tune_steps: -1", "mine.yaml: fine_tune_steps: got -1, expected a whole number of at least 0"),
+        ("score_steps: -1", "mine.yaml: score_steps: got -1, expected a whole number of at least 0"),
         ("fine_tune_rate: 0", "mine.yaml: fine_tune_rate: got 0, expected a number above 0"),
         ("methods: [ppo, unifrom]", "unknown method 'unifrom'; did you mean 'uniform'?"),
         ("methods: [ppo, ppo]", "mine.yaml: methods: 'ppo' is there twice"),

@@ -7,7 +7,7 @@ fine-tuned. What was scored on the way is kept in a file of its own, so that a k
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from trimtab.experiments.pruning.schema import SCRATCH, target_name
 from trimtab.progress import News
 from trimtab.pruner.loading import builder_of
 from trimtab.pruner.policies import TaughtPolicy
-from trimtab.pruner.stage import Given, Outcome, run_method
+from trimtab.pruner.stage import BLIND, Given, Outcome, run_method
 from trimtab.pruning.allocations import uniform
 from trimtab.pruning.budget import Budget, Target
 from trimtab.pruning.latency import measure
@@ -133,7 +133,8 @@ def _by_method(
     stages = job["stages"].get(method, 1)
     given = Given(
         None, (ground.val.inputs, ground.val.targets), tuner, job["max_evaluations"] // stages, job["n_best"],
-        ground.seed("pruning"), TaughtPolicy.load(job["brain"]).weights if method == "ppo" else {}, tell,
+        ground.seed("pruning"), TaughtPolicy.load(job["brain"]).weights if method == "ppo" else {},
+        None if method == "paper" else ground.score_tuner(), tell,
     )  # fmt: skip
     now, limit = network, budget
     outcomes: list[Outcome] = []
@@ -163,8 +164,15 @@ def _by_method(
         history=history,
         counts={"evaluations": sum(outcome.proposal.evaluations for outcome in outcomes), "failed": failed},
         times={"search_s": time.perf_counter() - started - tuned_s, "fine_tuning_s": tuned_s, "training_s": 0.0},
-        notes=(f"{failed} configurations had no score",) if failed else (),
+        notes=tuple(_notes_on(outcomes, failed)),
     )
+
+
+def _notes_on(outcomes: Sequence[Outcome], failed: int) -> Iterator[str]:
+    if failed:
+        yield f"{failed} configurations had no score"
+    if any(outcome.is_blind for outcome in outcomes):
+        yield BLIND.format(how="score_steps trains each for a moment before it is scored")
 
 
 def _from_scratch(

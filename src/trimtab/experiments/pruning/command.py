@@ -59,6 +59,7 @@ def prune_task(  # noqa: PLR0913 (each by name, and most of them left as they ar
     baselines: Sequence[str] = (),
     max_evaluations: int = 100,
     fine_tune_steps: int | None = None,
+    score_steps: int = 0,
     stages: int = 1,
     multiple: int = 8,
     brain: str | Path = SHIPPED,
@@ -79,6 +80,7 @@ def prune_task(  # noqa: PLR0913 (each by name, and most of them left as they ar
         baselines: Other methods to compare with, "scratch" among them.
         max_evaluations: Configurations that a search scores.
         fine_tune_steps: Optimizer steps of a fine-tuning; one pass over the training samples where it is None.
+        score_steps: Optimizer steps before each score of a search, for networks that guess when they are cut.
         stages: In which the agent prunes and fine-tunes.
         multiple: Widths are multiples of it.
         brain: What "ppo" starts from: "pruning", which we ship, or a folder that `trimtab learn pruning` made.
@@ -120,6 +122,7 @@ def prune_task(  # noqa: PLR0913 (each by name, and most of them left as they ar
             "methods": [agent, *baselines],
             "max_evaluations": max_evaluations,
             "fine_tune_steps": fine_tune_steps,
+            "score_steps": score_steps,
             "stages": {agent: stages} if stages != 1 else {},
             "multiple": multiple,
             "brain": str(brain),

@@ -159,7 +159,13 @@ class Ground:
 
     def fine_tuner(self) -> FineTuner | None:
         """A new one; None where nothing is fine-tuned."""
-        steps = self.job["fine_tune_steps"]
+        return self._tuner(self.job["fine_tune_steps"])
+
+    def score_tuner(self) -> FineTuner | None:
+        """A new one, for the moment before each score; None where networks are scored as they are cut."""
+        return self._tuner(self.job["score_steps"])
+
+    def _tuner(self, steps: int) -> FineTuner | None:
         rate = self.task.lr * self.job["fine_tune_rate"]
         return FineTuner(self.task, self.train, steps, rate, self.seed("fine-tuning")) if steps else None
 

@@ -103,7 +103,8 @@ def _plan(study: PruningFolder, results: Mapping[str, Any]) -> list[Block]:
         items.append(
             f"Task {entry['task']}: {words.count(entry['n_seeds'], 'seed')}; dense network {trained}; at most "
             f"{words.count(entry['max_evaluations'], 'evaluation')} a search; the {entry['n_best']} best are "
-            f"fine-tuned; a fine-tuning is {words.count(entry['fine_tune_steps'], 'optimizer step')}."
+            f"fine-tuned; a fine-tuning is {words.count(entry['fine_tune_steps'], 'optimizer step')}"
+            f"{_trained_first(entry)}."
         )
     items += [
         f"Fine-tuning: Adam at {settings['fine_tune_rate']:g} of the task's rate on the training samples, the same in "
@@ -123,6 +124,14 @@ def _plan(study: PruningFolder, results: Mapping[str, Any]) -> list[Block]:
     environment = ", ".join(f"{name} {value}" for name, value in (plan.get("environment") or {}).items())
     items.append(f"Environment: {environment or 'not recorded'}.")
     return [tables.method_table(results["arms"], plan["plans"]), Bullets(items)]
+
+
+def _trained_first(entry: Mapping[str, Any]) -> str:
+    """What is done before a score in a search; studies of before it could be done say nothing of it."""
+    steps = entry.get("score_steps", 0)
+    return (
+        f"; in a search every network is trained for {words.count(steps, 'step')} before it is scored" if steps else ""
+    )
 
 
 def _timed(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ SCRATCH = "scratch"  # the network that ppo chose (uniform, without it), trained
 ALL_METHODS = (*METHODS, SCRATCH)
 _LEAST_EVALUATIONS = 8
 _NEEDS = "every study of pruning needs study, kind, idea, tasks, targets and methods"
-_PER_TASK = ("targets", "methods", "n_seeds", "max_evaluations", "n_best", "fine_tune_steps")
+_PER_TASK = ("targets", "methods", "n_seeds", "max_evaluations", "n_best", "fine_tune_steps", "score_steps")
 
 
 def _target(value: Any) -> Any:
@@ -101,6 +101,7 @@ class TaskSpec(Strict):
     max_evaluations: _Evaluations | None = None
     n_best: Count | None = None
     fine_tune_steps: Natural | None = None
+    score_steps: Natural | None = None
 
 
 class PruningFile(Strict):
@@ -116,6 +117,8 @@ class PruningFile(Strict):
         max_evaluations: Configurations that a search scores for one target.
         n_best: Of these, how many are fine-tuned and compared again.
         fine_tune_steps: Optimizer steps of a fine-tuning, the same for every method.
+        score_steps: Optimizer steps that a cut network is trained for before each of its scores in a search, at the
+            rate of a fine-tuning; of every method but "paper", which has whole fine-tunings. 0: scored as it was cut.
         fine_tune_rate: Learning rate of a fine-tuning as a share of the task's.
         multiple: Widths are multiples of it.
         brain: What "ppo" starts from: "pruning", which we ship, or a folder that `trimtab learn pruning` made.
@@ -138,6 +141,7 @@ class PruningFile(Strict):
     max_evaluations: _Evaluations = 100
     n_best: Count = 5
     fine_tune_steps: Natural = 100
+    score_steps: Natural = 0
     # One pass brought the CNN of cifar10-pruning, at a quarter of its FLOPs, to 54 % at half of the rate, to 50 % at a
     # tenth (one seed).
     fine_tune_rate: Positive = 0.5
@@ -164,6 +168,7 @@ class TaskPlan:
     max_evaluations: int
     n_best: int
     fine_tune_steps: int
+    score_steps: int
 
 
 @dataclass(frozen=True)
