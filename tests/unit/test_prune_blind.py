@@ -90,6 +90,25 @@ def test_every_score_of_a_search_is_taken_after_it(agent: str) -> None:
     assert result.report.dense.score == 0.0  # which is scored as it is
 
 
+def test_running_statistics_are_taken_anew_after_it() -> None:
+    """A few steps leave them behind the weights; here they are left far off, where the network would guess."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(1, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2))
+    optimizer = torch.optim.Adam(net.parameters(), 0.05)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(INPUTS), TARGETS).backward()
+        optimizer.step()
+
+    def spoil(cut: nn.Module) -> None:
+        cut[1].running_mean.fill_(1e6)
+
+    given = {"validation": (INPUTS, TARGETS), "target": {"flops": 0.5}, "agent": "uniform", "max_evaluations": 8}
+    as_it_was_cut = trimtab.prune(net.eval(), INPUTS[:1], **given).report.score_before
+    assert trimtab.prune(net, INPUTS[:1], score_after=spoil, **given).report.score_before == as_it_was_cut > 0.9
+
+
 def test_a_checkpoint_knows_whether_networks_were_trained_first(tmp_path: Path) -> None:
     given = {"validation": (INPUTS, TARGETS), "max_evaluations": 8, "checkpoint": tmp_path / "search"}
     trimtab.prune(cancelling(), INPUTS[:1], score_after=lambda net: None, **given)

@@ -5,7 +5,7 @@ Called by `prune`, for the agent in each of its stages and for every baseline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from trimtab.progress import News
 from trimtab.pruner.choice import Candidate, FineTune, pick, retrained, tuned
 from trimtab.pruner.methods import Proposal, propose
 from trimtab.pruning.budget import Budget, Prunable
-from trimtab.pruning.calibration import has_statistics
+from trimtab.pruning.calibration import has_statistics, recalibrate
 from trimtab.pruning.evaluation import CachedEvaluator
 from trimtab.pruning.network import PrunableNetwork
 from trimtab.pruning.parts import Configuration
@@ -103,7 +103,7 @@ def run_method(method: str, given: Given, network: Prunable, budget: Budget, *, 
     first = given.score_after or (given.fine_tune if method == "paper" else None)
     rate_in_search = rate
     if first is not None and rate is not None:
-        rate_in_search = partial(_rate_retrained, first, rate, given.seed)
+        rate_in_search = partial(_rate_retrained, first, rate, given.seed, network.calibration)
         score_of = partial(_score_retrained, network, rate, rate_in_search)
         scorer = Scorer(network, score_of=score_of, log=log, seed=given.seed)
     else:
@@ -155,7 +155,14 @@ def _score_retrained(
     return float(rate(model) if configuration == network.dense else rate_in_search(model))
 
 
-def _rate_retrained(train: FineTune, rate: Callable[[nn.Module], float], seed: int, model: nn.Module) -> float:
+def _rate_retrained(
+    train: FineTune,
+    rate: Callable[[nn.Module], float],
+    seed: int,
+    calibration: Sequence[tuple[Tensor, ...]],
+    model: nn.Module,
+) -> float:
+    """Score after one retraining; of so few steps running statistics lag behind, and are taken anew where they can."""
     try:
         retrained(model, train, seed)
     except (TrimtabError, MemoryError):
@@ -165,6 +172,8 @@ def _rate_retrained(train: FineTune, rate: Callable[[nn.Module], float], seed: i
             f"the training before a score raised {type(error).__name__}: {error}; score_after (of 'paper' fine_tune) "
             "is called with a torch.nn.Module in training and trains it in place"
         ) from error
+    if calibration:
+        recalibrate(model, calibration)
     return float(rate(model))
 
 
