@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing, load_generator
+from trimtab.agents.base import Actions, Array, Base, State, load_generator
+from trimtab.agents.epsilon_greedy import EpsilonGreedy, best_or_keep
 from trimtab.agents.features import Features
-from trimtab.agents.q_learning import check_epsilon, epsilon_after, named_factors
 from trimtab.errors import InputError
 
 __all__ = ["CONTINUOUS", "DeepQ"]
@@ -50,7 +50,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _COLUMNS = ("observation", "action", "reward", "next_observation", "terminated")
 
 
-class DeepQ(Agent):
+class DeepQ(EpsilonGreedy):
     """A small network (ReLU) of the values of moves, learned from a memory of transitions.
 
         discrete    target = r + gamma max_a Q'(s', a)
@@ -59,7 +59,7 @@ class DeepQ(Agent):
     Q' is the network of up to `target_every` decisions ago; the loss is Huber's.
 
     Args:
-        actions: A name in `q_learning.FACTORS`, the factors themselves, or "continuous".
+        actions: A name in `epsilon_greedy.FACTORS`, the factors themselves, or "continuous".
         span: Of the continuous form: the largest move, in decades, up and down.
         signals: Names of the signals it observes; None for `SIGNALS`.
         hidden: Widths of the hidden layers.
@@ -83,7 +83,7 @@ class DeepQ(Agent):
     """
 
     name = "deep_q"
-    is_learned = True
+    n_updates = 0  # transitions learned from, over all runs
 
     def __init__(  # noqa: PLR0913 (options of a study file, flat because people write them by hand)
         self,
@@ -117,17 +117,13 @@ class DeepQ(Agent):
             good = not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= most
             if not good or (value == 0 and key != "gamma"):
                 raise InputError(f"deep_q: {key} is {value!r}; expected a number above 0 and up to {most:g}")
-        self._epsilon = check_epsilon(self.name, epsilon, epsilon_end, epsilon_schedule, epsilon_decisions)
-        self._given_actions, self._span, self._hidden = actions, float(span), tuple(hidden)
+        self._span, self._hidden = float(span), tuple(hidden)
         self._rate, self._gamma, self._counts = float(learning_rate), float(gamma), counts
-        self._every, self._base = every, Base(base, dict(base_options or {}))
         self._is_continuous = actions == CONTINUOUS
-        if self._is_continuous:
-            self._actions = Actions("decades", low=-self._span, high=self._span)
-        else:
-            self._actions = Actions("multiply", named_factors(self.name, actions))
-        self._rng = np.random.default_rng(seed)
-        self.n_updates = 0  # transitions learned from, over all runs
+        moves = Actions("decades", low=-self._span, high=self._span) if self._is_continuous else None
+        course = (epsilon, epsilon_end, epsilon_schedule, epsilon_decisions)
+        base_schedule = Base(base, dict(base_options or {}))
+        super().__init__(actions, self.features.signals, course, every, base_schedule, seed, moves)
         self._network = self._first_weights(np.random.default_rng([seed, 1]))
         self._target = [weight.detach().clone() for weight in self._network]
         self._adam = self._make_adam()
@@ -154,35 +150,16 @@ class DeepQ(Agent):
 
     @property
     @override
-    def needs(self) -> Needs:
-        return Needs(self.features.signals, self._actions, Timing(every=self._every), self._base)
-
-    @property
-    @override
     def options(self) -> dict[str, Any]:
-        epsilon, end, schedule, decisions = self._epsilon
-        given = self._given_actions
         return {
-            "actions": given if isinstance(given, str) else list(given),
+            **super().options,
             "span": self._span,
             "signals": list(self.features.signals),
             "hidden": list(self._hidden),
             "learning_rate": self._rate,
             "gamma": self._gamma,
-            "epsilon": epsilon,
-            "epsilon_end": end,
-            "epsilon_schedule": schedule,
-            "epsilon_decisions": decisions,
             **{key: count for key, count in self._counts.items() if "[" not in key},
-            "every": self._every,
-            "base": self._base.name,
-            "base_options": dict(self._base.options),
         }
-
-    @property
-    def epsilon(self) -> float:
-        """Present probability of a move drawn evenly."""
-        return epsilon_after(self.n_updates, *self._epsilon)
 
     def outputs(self, observation: Array) -> Array:
         """Values of the moves, or value, place and curvature; (R, S) -> (R, outputs).
@@ -206,19 +183,15 @@ class DeepQ(Agent):
     ) -> tuple[npt.NDArray[Any], State | None]:
         """See `Agent.predict`; of equal values "keep" is taken, then the first."""
         del episode_start
-        found, runs = self.outputs(observation), len(observation)
+        found = self.outputs(observation)
         if self._is_continuous:
             chosen = self._span * np.tanh(found[:, 1])
         else:
-            keep = self._actions.factors.index(1.0)
-            best = found.max(axis=1)
-            chosen = np.where(found[:, keep] == best, keep, found.argmax(axis=1))
-        if not deterministic:
-            explores = self._rng.random(runs) < self.epsilon
-            if self._is_continuous:
-                chosen = np.where(explores, self._rng.uniform(-self._span, self._span, runs), chosen)
-            else:
-                chosen = np.where(explores, self._rng.integers(0, len(self._actions.factors), runs), chosen)
+            chosen = best_or_keep(found, self._actions.factors.index(1.0))
+        if not deterministic and self._is_continuous:
+            chosen = self._explore(chosen, lambda n: self._rng.uniform(-self._span, self._span, n))
+        elif not deterministic:
+            chosen = self._explore(chosen, lambda n: self._rng.integers(0, found.shape[1], n))
         return chosen[:, None], state
 
     @override
@@ -273,23 +246,6 @@ class DeepQ(Agent):
         self._adam.zero_grad()
         torch.nn.functional.smooth_l1_loss(value, target).backward()  # type: ignore[no-untyped-call]
         self._adam.step()
-
-    def learn(self, env: Any, total_timesteps: int) -> DeepQ:
-        """Learn by acting, epsilon-greedy, in a single Gymnasium environment with this agent's signals and moves."""
-        seen, _ = env.reset(seed=int(self._rng.integers(2**31)))
-        for _ in range(total_timesteps):
-            now = np.asarray(seen, dtype=np.float64).reshape(1, -1)
-            action, _ = self.predict(now)
-            seen, reward, terminated, truncated, _ = env.step(action[0] if self._is_continuous else int(action[0, 0]))
-            then = np.asarray(seen, dtype=np.float64).reshape(1, -1)
-            self.update(now, action, np.array([float(reward)]), then, np.array([bool(terminated)]))
-            if terminated or truncated:
-                seen, _ = env.reset()
-        return self
-
-    @override
-    def reseed(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trimtab.agents.deep_q import DeepQ
-from trimtab.agents.q_learning import FACTORS
+from trimtab.agents.epsilon_greedy import FACTORS
 from trimtab.errors import InputError
 from trimtab.spec import make_agent
 

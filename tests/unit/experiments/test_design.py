@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.agents.q_learning import FACTORS
+from trimtab.agents.epsilon_greedy import FACTORS
 from trimtab.errors import InputError, UnknownNameError
 from trimtab.experiments.design import load_study, study_names
 from trimtab.experiments.schema import parse_study
