@@ -14,7 +14,7 @@ from typing_extensions import Self, override
 from trimtab.agents.base import Actions, Agent, Array, Base, Needs, Timing
 from trimtab.errors import InputError, unknown_name
 
-__all__ = ["FACTORS", "EpsilonGreedy", "best_or_keep", "check_shares", "epsilon_after"]
+__all__ = ["FACTORS", "EpsilonGreedy", "best_or_keep", "check_shares", "check_transitions", "epsilon_after"]
 
 # Named sets of factors; "standard" is the write-ups' x1.1, x0.9, keep.
 FACTORS: dict[str, tuple[float, ...]] = {
@@ -106,7 +106,7 @@ class EpsilonGreedy(Agent):
         self._rng = np.random.default_rng(seed)
 
 
-def best_or_keep(values: Array, keep: int) -> npt.NDArray[np.int64]:
+def best_or_keep(values: Array, keep: int) -> npt.NDArray[Any]:
     """The best of M moves; of equal ones the one at `keep`, then the first; (R, M) -> (R,)."""
     return np.where(values[:, keep] == values.max(axis=1), keep, values.argmax(axis=1))
 
@@ -116,6 +116,14 @@ def check_shares(who: str, shares: Mapping[str, float]) -> None:
     for key, value in shares.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise InputError(f"{who}: {key} is {value!r}; expected a number in [0, 1]")
+
+
+def check_transitions(who: str, *columns: npt.NDArray[Any]) -> None:
+    """Refuse transitions with a number that is not finite, by an InputError: what is remembered is learned again."""
+    if not all(np.isfinite(column).all() for column in columns):
+        raise InputError(
+            f"{who}: a transition holds a number that is not finite; leave it out, or give a finite reward"
+        )
 
 
 def epsilon_after(n_updates: int, start: float, end: float, schedule: str, decisions: int) -> float:

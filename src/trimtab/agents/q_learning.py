@@ -18,7 +18,7 @@ import torch
 from typing_extensions import override
 
 from trimtab.agents.base import Array, Base, State, load_generator
-from trimtab.agents.epsilon_greedy import EpsilonGreedy, best_or_keep, check_shares
+from trimtab.agents.epsilon_greedy import EpsilonGreedy, best_or_keep, check_shares, check_transitions
 from trimtab.errors import InputError
 
 __all__ = ["QLearning"]
@@ -146,6 +146,7 @@ class QLearning(EpsilonGreedy):
         next_observation: Array,
         terminated: npt.NDArray[np.bool_],
     ) -> None:
+        check_transitions(self.name, observation, action, reward, next_observation)
         columns = self._joint(action)
         rows, next_rows = self.bin(observation), self.bin(next_observation)
         for row, column, gain, next_row, is_end in zip(rows, columns, reward, next_rows, terminated, strict=True):
