@@ -286,6 +286,10 @@ def test_a_wrong_value_is_named_with_what_was_expected(tmp_path, change, text):
             "[{id: uwhg, own_optimizer: prodigy}]",
             "arm 'uwhg': own_optimizer is for a baseline, whose agent is the schedule over it, such as constant",
         ),
+        (
+            "[{id: default-cosine, own_optimizer: prodigy}]",
+            "arm 'default-cosine': own_optimizer is for a baseline, whose agent is the schedule over it",
+        ),
         ("[{id: a, agent: cosine, own_optimizer: prodigy, lr: 1}]", "arm 'a': lr: prodigy finds its own rate"),
         ("[placebo:yoked:uwhg]", "mine.yaml: arms.0.id: got 'placebo:yoked:uwhg', expected a text"),
         (
