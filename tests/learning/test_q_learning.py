@@ -11,7 +11,8 @@ import gymnasium
 import numpy as np
 import pytest
 
-from trimtab.agents.q_learning import BINS, FACTORS, QLearning
+from trimtab.agents.epsilon_greedy import FACTORS
+from trimtab.agents.q_learning import BINS, QLearning
 from trimtab.agents.uwhg import UWHG
 from trimtab.brain import Brain
 from trimtab.errors import InputError

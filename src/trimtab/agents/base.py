@@ -259,6 +259,8 @@ class Agent(ABC):
     ) -> None:
         """Learn from transitions of earlier runs, perhaps of other agents, the newest last; (T, ...) as in `update`.
 
+        To a taught agent an action is NaN where it was asked and the guard acted in its place; the reward is 0 there.
+
         Raises:
             InputError: This agent learns from nothing but what it does itself.
         """

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing, load_generator
+from trimtab.agents.base import Actions, Array, Base, State, load_generator
+from trimtab.agents.epsilon_greedy import EpsilonGreedy, best_or_keep, check_shares, check_transitions
 from trimtab.agents.features import Features
-from trimtab.agents.q_learning import check_epsilon, epsilon_after, named_factors
 from trimtab.errors import InputError
 
 __all__ = ["CONTINUOUS", "DeepQ"]
@@ -33,6 +33,7 @@ __all__ = ["CONTINUOUS", "DeepQ"]
 CONTINUOUS = "continuous"
 # The write-ups' x0.9 and x1.1 as the ends of the continuous form, symmetric in decades.
 DECADES = math.log10(1.1)
+MAX_WIDTH = 2048  # two layers of it are 34 MB, and as much for each of target and Adam's two moments
 # Scale-free, and known from the first decision on.
 SIGNALS = (
     "progress",
@@ -45,24 +46,26 @@ SIGNALS = (
     "update_to_weight",
     "lr_log_ratio_start",
 )
-_N_HEADS = 3  # of the continuous form: value, where the best move lies, log of the curvature
+_N_HEADS = 3  # of the continuous form: value, where the best move lies, log of the curvature over that of rewards
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _COLUMNS = ("observation", "action", "reward", "next_observation", "terminated")
 
 
-class DeepQ(Agent):
+class DeepQ(EpsilonGreedy):
     """A small network (ReLU) of the values of moves, learned from a memory of transitions.
 
         discrete    target = r + gamma max_a Q'(s', a)
-        continuous  Q(s, a) = V(s) - exp(c(s)) ((a - m(s)) / span)^2 / 2,  so that max_a Q = V and the best move is m(s)
+        continuous  Q(s, a) = V(s) - u exp(c(s)) ((a - m(s)) / span)^2 / 2,  so that max_a Q = V, at the best move m(s)
 
-    Q' is the network of up to `target_every` decisions ago; the loss is Huber's.
+    Q' is the network of up to `target_every` decisions ago; the loss is Huber's; u is the standard deviation of the
+    remembered rewards. Where those are hundredths, an untaught network without it holds every move but the best for so
+    bad that each that is tried, whatever it gave, draws the best towards it.
 
     Args:
-        actions: A name in `q_learning.FACTORS`, the factors themselves, or "continuous".
-        span: Of the continuous form: the largest move, in decades, up and down.
+        actions: A name in `epsilon_greedy.FACTORS`, the factors themselves, or "continuous".
+        span: Of the continuous form alone: the largest move, in decades, up and down; None for `DECADES`.
         signals: Names of the signals it observes; None for `SIGNALS`.
-        hidden: Widths of the hidden layers.
+        hidden: Widths of the hidden layers, each up to `MAX_WIDTH`.
         learning_rate: Adam's.
         gamma: Discount per decision, in [0, 1].
         epsilon: Probability of a move drawn evenly, at the start.
@@ -79,17 +82,17 @@ class DeepQ(Agent):
         seed: Of the first weights, exploration and minibatches.
 
     Raises:
-        InputError: A number is out of range.
+        InputError: A number is out of range, or `span` is given beside factors.
     """
 
     name = "deep_q"
-    is_learned = True
+    n_updates = 0  # transitions learned from, over all runs
 
     def __init__(  # noqa: PLR0913 (options of a study file, flat because people write them by hand)
         self,
         *,
         actions: str | Sequence[float] = "standard",
-        span: float = DECADES,
+        span: float | None = None,
         signals: Sequence[str] | None = None,
         hidden: Sequence[int] = (32, 32),
         learning_rate: float = 1e-3,
@@ -113,21 +116,22 @@ class DeepQ(Agent):
         for key, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise InputError(f"deep_q: {key} is {count!r}; expected a whole number of 1 or more")
-        for key, value, most in (("learning_rate", learning_rate, 1.0), ("span", span, 2.0), ("gamma", gamma, 1.0)):
-            good = not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= most
-            if not good or (value == 0 and key != "gamma"):
+            if "[" in key and count > MAX_WIDTH:
+                raise InputError(f"deep_q: {key} is {count}; expected at most {MAX_WIDTH}")
+        self._is_continuous = isinstance(actions, str) and actions == CONTINUOUS
+        if span is not None and not self._is_continuous:
+            raise InputError(f"deep_q: span is {span!r}, but the actions are factors; leave it out")
+        check_shares(self.name, {"gamma": gamma})
+        self._given_span, self._span = span, DECADES if span is None else span
+        for key, value, most in (("learning_rate", learning_rate, 1.0), ("span", self._span, 2.0)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
                 raise InputError(f"deep_q: {key} is {value!r}; expected a number above 0 and up to {most:g}")
-        self._epsilon = check_epsilon(self.name, epsilon, epsilon_end, epsilon_schedule, epsilon_decisions)
-        self._given_actions, self._span, self._hidden = actions, float(span), tuple(hidden)
+        self._hidden = tuple(hidden)
         self._rate, self._gamma, self._counts = float(learning_rate), float(gamma), counts
-        self._every, self._base = every, Base(base, dict(base_options or {}))
-        self._is_continuous = actions == CONTINUOUS
-        if self._is_continuous:
-            self._actions = Actions("decades", low=-self._span, high=self._span)
-        else:
-            self._actions = Actions("multiply", named_factors(self.name, actions))
-        self._rng = np.random.default_rng(seed)
-        self.n_updates = 0  # transitions learned from, over all runs
+        moves = Actions("decades", low=-self._span, high=self._span) if self._is_continuous else None
+        course = (epsilon, epsilon_end, epsilon_schedule, epsilon_decisions)
+        base_schedule = Base(base, dict(base_options or {}))
+        super().__init__(actions, self.features.signals, course, every, base_schedule, seed, moves)
         self._network = self._first_weights(np.random.default_rng([seed, 1]))
         self._target = [weight.detach().clone() for weight in self._network]
         self._adam = self._make_adam()
@@ -154,35 +158,16 @@ class DeepQ(Agent):
 
     @property
     @override
-    def needs(self) -> Needs:
-        return Needs(self.features.signals, self._actions, Timing(every=self._every), self._base)
-
-    @property
-    @override
     def options(self) -> dict[str, Any]:
-        epsilon, end, schedule, decisions = self._epsilon
-        given = self._given_actions
         return {
-            "actions": given if isinstance(given, str) else list(given),
-            "span": self._span,
+            **super().options,
+            "span": self._given_span,
             "signals": list(self.features.signals),
             "hidden": list(self._hidden),
             "learning_rate": self._rate,
             "gamma": self._gamma,
-            "epsilon": epsilon,
-            "epsilon_end": end,
-            "epsilon_schedule": schedule,
-            "epsilon_decisions": decisions,
             **{key: count for key, count in self._counts.items() if "[" not in key},
-            "every": self._every,
-            "base": self._base.name,
-            "base_options": dict(self._base.options),
         }
-
-    @property
-    def epsilon(self) -> float:
-        """Present probability of a move drawn evenly."""
-        return epsilon_after(self.n_updates, *self._epsilon)
 
     def outputs(self, observation: Array) -> Array:
         """Values of the moves, or value, place and curvature; (R, S) -> (R, outputs).
@@ -206,19 +191,15 @@ class DeepQ(Agent):
     ) -> tuple[npt.NDArray[Any], State | None]:
         """See `Agent.predict`; of equal values "keep" is taken, then the first."""
         del episode_start
-        found, runs = self.outputs(observation), len(observation)
+        found = self.outputs(observation)
         if self._is_continuous:
             chosen = self._span * np.tanh(found[:, 1])
         else:
-            keep = self._actions.factors.index(1.0)
-            best = found.max(axis=1)
-            chosen = np.where(found[:, keep] == best, keep, found.argmax(axis=1))
-        if not deterministic:
-            explores = self._rng.random(runs) < self.epsilon
-            if self._is_continuous:
-                chosen = np.where(explores, self._rng.uniform(-self._span, self._span, runs), chosen)
-            else:
-                chosen = np.where(explores, self._rng.integers(0, len(self._actions.factors), runs), chosen)
+            chosen = best_or_keep(found, self._actions.factors.index(1.0))
+        if not deterministic and self._is_continuous:
+            chosen = self._explore(chosen, lambda n: self._rng.uniform(-self._span, self._span, n))
+        elif not deterministic:
+            chosen = self._explore(chosen, lambda n: self._rng.integers(0, found.shape[1], n))
         return chosen[:, None], state
 
     @override
@@ -230,6 +211,7 @@ class DeepQ(Agent):
         next_observation: Array,
         terminated: npt.NDArray[np.bool_],
     ) -> None:
+        check_transitions(self.name, observation, action, reward, next_observation)
         new = (self.features(observation), action[:, 0], reward, self.features(next_observation), terminated)
         for name, column in zip(_COLUMNS, new, strict=True):
             joined = np.concatenate([self._kept[name], np.asarray(column, dtype=np.float64)])
@@ -255,8 +237,10 @@ class DeepQ(Agent):
             one = slice(row, row + 1)
             self.update(observation[one], action[one], reward[one], next_observation[one], terminated[one])
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def _learn(self) -> None:
-        """One minibatch."""
+        """One minibatch; gradients are on, also where whoever trains has turned them off."""
         n = len(self._kept["reward"])
         rows = self._rng.integers(0, n, min(n, self._counts["batch_size"]))
         seen, action, reward, then, ended = (torch.from_numpy(self._kept[name][rows]) for name in _COLUMNS)
@@ -267,29 +251,13 @@ class DeepQ(Agent):
         found = _forward(self._network, seen)
         if self._is_continuous:
             away = action / self._span - torch.tanh(found[:, 1])
-            value = found[:, 0] - torch.exp(found[:, 2].clamp(max=10.0)) * away**2 / 2
+            unit = float(self._kept["reward"].std())
+            value = found[:, 0] - unit * torch.exp(found[:, 2].clamp(max=10.0)) * away**2 / 2
         else:
             value = found.gather(1, action.long()[:, None])[:, 0]
         self._adam.zero_grad()
         torch.nn.functional.smooth_l1_loss(value, target).backward()  # type: ignore[no-untyped-call]
         self._adam.step()
-
-    def learn(self, env: Any, total_timesteps: int) -> DeepQ:
-        """Learn by acting, epsilon-greedy, in a single Gymnasium environment with this agent's signals and moves."""
-        seen, _ = env.reset(seed=int(self._rng.integers(2**31)))
-        for _ in range(total_timesteps):
-            now = np.asarray(seen, dtype=np.float64).reshape(1, -1)
-            action, _ = self.predict(now)
-            seen, reward, terminated, truncated, _ = env.step(action[0] if self._is_continuous else int(action[0, 0]))
-            then = np.asarray(seen, dtype=np.float64).reshape(1, -1)
-            self.update(now, action, np.array([float(reward)]), then, np.array([bool(terminated)]))
-            if terminated or truncated:
-                seen, _ = env.reset()
-        return self
-
-    @override
-    def reseed(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -320,8 +288,9 @@ class DeepQ(Agent):
                 raise InputError(f"deep_q: {key} does not have the shape {shape}; it is of other options")
             if not bool(torch.isfinite(state[key]).all()):
                 raise InputError(f"deep_q: {key} holds numbers that are not finite; learn it anew")
+        self._check_numbers(state)
         load_generator(self._rng, state["rng"], self.name)
-        self.n_updates = int(state["n_updates"])
+        self.n_updates = state["n_updates"]
         n_tensors = len(self._network)
         self._network = [state[f"network{k}"].to(torch.float64).clone().requires_grad_() for k in range(n_tensors)]
         self._target = [state[f"target{k}"].to(torch.float64).clone() for k in range(n_tensors)]
@@ -330,6 +299,20 @@ class DeepQ(Agent):
             if float(state[f"adam{place}.step"]):
                 self._adam.state[weight] = {key: state[f"adam{place}.{key}"].clone() for key in _MOMENTS}
         self._kept = {name: state[f"memory.{name}"].to(torch.float64).numpy().copy() for name in _COLUMNS}
+
+    def _check_numbers(self, state: Mapping[str, Any]) -> None:
+        """Refuse what has the right shape and would fail, or teach nonsense, at the next minibatch."""
+        count, action = state["n_updates"], state["memory.action"]
+        known = torch.arange(len(self._actions.factors)).to(action.dtype)
+        good = {
+            "n_updates": isinstance(count, int) and not isinstance(count, bool) and count >= 0,
+            "memory.action": self._is_continuous or bool(torch.isin(action, known).all()),
+            "memory.terminated": bool(torch.isin(state["memory.terminated"], torch.tensor([0.0, 1.0])).all()),
+            **{key: bool((value >= 0).all()) for key, value in state.items() if key.endswith(("exp_avg_sq", ".step"))},
+        }
+        for key in good:
+            if not good[key]:
+                raise InputError(f"deep_q: {key} holds what this agent never writes there; learn it anew")
 
 
 def _forward(layers: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -344,8 +344,9 @@ class PPOAgent(PolicyAgent):
     ) -> None:
         """See `Agent.learn_from_earlier`, and `agents.fine_tune` for how.
 
-        What was not this policy's own choice (the rule's, where a signal lay outside of what it was learned on) counts
-        among the rewards, and is not learned from.
+        What was not this policy's own choice (the rule's, where a signal lay outside of what it was learned on; none,
+        where no update was measured; the guard's, where the action is NaN) counts among the rewards, and is not learned
+        from.
 
         Raises:
             InputError: It corrects a rule, or moves several knobs.
@@ -358,6 +359,8 @@ class PPOAgent(PolicyAgent):
             )
         away = np.abs(action[:, :1] - self.move_table)
         own = (away.min(axis=1) < 1e-9) & np.all((observation >= self._low) & (observation <= self._high), axis=1)
+        if self._ratio_column is not None:
+            own &= observation[:, self._ratio_column] != 0.0  # see `_hold_where_blind`
         gains = advantages_of(reward, terminated)
         if not own.any() or not np.any(gains[own]):
             return

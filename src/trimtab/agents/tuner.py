@@ -20,9 +20,9 @@ from gymnasium import spaces
 from typing_extensions import override
 
 from trimtab.agents.base import Actions, Agent, Array, Base, Needs, State, Timing
+from trimtab.agents.epsilon_greedy import FACTORS
 from trimtab.agents.intervention import Batch, InterventionGate
 from trimtab.agents.proposals import KINDS, ActionCode
-from trimtab.agents.q_learning import FACTORS
 from trimtab.errors import InputError, unknown_name
 from trimtab.seeding import derive_seed, numpy_generator
 

@@ -275,7 +275,7 @@ class _Resolver:
             return None
         if name not in _OWN_OPTIMIZERS:
             raise unknown_name(f"own_optimizer of arm {spec.id!r}", name, _OWN_OPTIMIZERS)
-        if kind != "baseline" or spec.agent == "default-cosine":
+        if kind != "baseline" or (spec.agent or spec.id) == "default-cosine":
             raise InputError(
                 f"arm {spec.id!r}: own_optimizer is for a baseline, whose agent is the schedule over it, such as "
                 f"constant; this is a {kind} with the agent {spec.agent or spec.id!r}"

@@ -25,14 +25,20 @@ def check_fine_tuning(agent: Agent) -> None:
     """Refuse an agent that was taught before and can learn nothing from earlier runs.
 
     Raises:
-        InputError: It is one.
+        InputError: It is one, or says so itself when it is given no transitions at all.
     """
     if agent.is_taught and type(agent).learn_from_earlier is Agent.learn_from_earlier:
         raise InputError(f"agent {agent.name!r} cannot be taught on from earlier runs; leave learn_runs out")
+    if agent.is_taught:
+        none, no_moves = np.zeros((0, len(agent.needs.signals))), np.zeros((0, 1))
+        agent.learn_from_earlier(none, no_moves, np.zeros(0), none, np.zeros(0, dtype=np.bool_))
 
 
 class Explorer(Agent):
-    """Lets a taught agent draw its moves, and keeps what followed them.
+    """Lets a taught agent draw its moves, and keeps what followed them, a row for each decision of a run.
+
+    Where the guard rolled back and cut the rate, nothing follows what the agent asked for: the row stays, with NaN for
+    the action and 0 for the reward, so that the rows after it stand beside those of the same decision in other runs.
 
     Args:
         agent: The agent; it is changed by `teach` alone.
@@ -66,7 +72,12 @@ class Explorer(Agent):
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], State | None]:
-        return self._agent.predict(observation, state, episode_start, deterministic)
+        action, state = self._agent.predict(observation, state, episode_start, deterministic)
+        if not deterministic:
+            self._runs[-1].append(
+                (observation[0], np.full_like(action[0], np.nan, dtype=np.float64), 0.0, observation[0])
+            )
+        return action, state
 
     @override
     def update(
@@ -78,13 +89,13 @@ class Explorer(Agent):
         terminated: npt.NDArray[np.bool_],
     ) -> None:
         del terminated  # a roll-back may swallow the last transition: where a run ends is known here
-        self._runs[-1].append((observation[0], action[0], float(reward[0]), next_observation[0]))
+        self._runs[-1][-1] = (observation[0], action[0], float(reward[0]), next_observation[0])
 
     def teach(self) -> int:
-        """Let the agent learn from all runs; returns the number of transitions."""
+        """Let the agent learn from all runs; returns the number of its own moves that something followed."""
         rows = [row for run in self._runs for row in run]
         if rows:
             seen, did, got, then = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
             ends = np.array([place + 1 == len(run) for run in self._runs for place in range(len(run))])
             self._agent.learn_from_earlier(seen, did, got, then, ends)
-        return len(rows)
+        return sum(not np.isnan(row[1]).any() for row in rows)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.agents.q_learning import FACTORS
+from trimtab.agents.epsilon_greedy import FACTORS
 from trimtab.errors import InputError, UnknownNameError
 from trimtab.experiments.design import load_study, study_names
 from trimtab.experiments.schema import parse_study
@@ -285,6 +285,10 @@ def test_a_wrong_value_is_named_with_what_was_expected(tmp_path, change, text):
         (
             "[{id: uwhg, own_optimizer: prodigy}]",
             "arm 'uwhg': own_optimizer is for a baseline, whose agent is the schedule over it, such as constant",
+        ),
+        (
+            "[{id: default-cosine, own_optimizer: prodigy}]",
+            "arm 'default-cosine': own_optimizer is for a baseline, whose agent is the schedule over it",
         ),
         ("[{id: a, agent: cosine, own_optimizer: prodigy, lr: 1}]", "arm 'a': lr: prodigy finds its own rate"),
         ("[placebo:yoked:uwhg]", "mine.yaml: arms.0.id: got 'placebo:yoked:uwhg', expected a text"),

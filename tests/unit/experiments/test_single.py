@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from trimtab import registry
@@ -182,6 +183,29 @@ def test_arms_with_an_optimizer_of_their_own(tmp_path):
     loop.optimizer.eval()
     assert loop.evaluate("val")["loss"] == pytest.approx(measured, rel=1e-6)
     assert group["train_mode"] is False
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_looking_at_a_run_with_schedule_free_does_not_change_it(optimizer):
+    task = registry.load("task", "digits-mlp")("smoke").replace(optimizer=optimizer, momentum=0.9, lr=0.01)
+    loop = TrainingLoop(task, task.load(None), seed=0)
+    put_in(loop, "schedule-free")
+    for _ in range(5):
+        loop.step()
+    before = [weight.detach().clone() for weight in loop.model.parameters()]
+    loop.evaluate("val")
+    assert all(torch.equal(a, b) for a, b in zip(before, loop.model.parameters(), strict=True))
+    loop.step()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"), [({"optimizer": "sgd"}, "momentum"), ({"betas": (0.0, 0.9)}, r"betas\[0\]")]
+)
+def test_schedule_free_without_momentum_is_refused_before_training(monkeypatch, changes, text):
+    task = registry.load("task", "digits-mlp")("smoke").replace(**changes)
+    monkeypatch.setattr(single, "make_task", lambda job: task)
+    with pytest.raises(InputError, match=rf"schedule-free on digits-mlp: {text} of the task is 0"):
+        single.check_own_optimizers([{**JOB, **OWN, "own_optimizer": "schedule-free"}], None)
 
 
 def test_a_brain_that_we_ship_is_used_as_it_is_and_taught_on_from_earlier_runs(tmp_path):
