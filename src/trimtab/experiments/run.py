@@ -99,7 +99,7 @@ def run(
         from trimtab.experiments.pruning.run import run_pruning_study  # what prunes is not asked for otherwise
         from trimtab.experiments.pruning.schema import load_pruning_study
 
-        plan = load_pruning_study(name_or_path, **asked)
+        plan = replace(load_pruning_study(name_or_path, **asked), own_tasks=files)
         return run_pruning_study(plan, Path("runs") / plan.study if out is None else Path(out), **how)
     study = replace(load_study(name_or_path, **asked), own_tasks=files)
     return run_study(study, Path("runs") / study.study if out is None else Path(out), **how)

@@ -42,9 +42,14 @@ class Augmentation:
     degrees: float = 0.0
 
     def __post_init__(self) -> None:
+        is_fill = isinstance(self.fill, tuple) and len(self.fill) > 0 and all(map(_is_number, self.fill))
+        if not is_fill:
+            raise InputError(f"augmentation: fill is {self.fill!r}; expected a tuple of numbers, one a channel")
+        if not isinstance(self.flip, bool):
+            raise InputError(f"augmentation: flip is {self.flip!r}; expected True or False")
         if isinstance(self.padding, bool) or not isinstance(self.padding, int) or self.padding < 0:
             raise InputError(f"augmentation: padding is {self.padding!r}; expected a whole number of pixels, 0 or more")
-        if not 0 <= self.degrees <= 180:
+        if not (_is_number(self.degrees) and 0 <= self.degrees <= 180):
             raise InputError(f"augmentation: degrees is {self.degrees!r}; expected a number from 0 to 180")
         if not (self.flip or self.padding or self.degrees):
             raise InputError("augmentation: nothing would be done; give flip, padding or degrees, or no augmentation")
@@ -83,6 +88,10 @@ class Augmentation:
             angles = (2 * torch.rand(n, generator=generator) - 1) * math.radians(self.degrees)
             images = _rotate(images, angles.to(device, non_blocking=True), self.fill)
         return images
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _crop(images: Tensor, is_flipped: Tensor, shifts: Tensor, fill: tuple[float, ...]) -> Tensor:

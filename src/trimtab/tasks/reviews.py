@@ -29,7 +29,7 @@ import numpy.typing as npt
 from trimtab.tasks import hub
 from trimtab.tasks.base import Data, pick
 from trimtab.tasks.data import Source, find, stratified_cuts, train_and_held_out
-from trimtab.tasks.sentences import make_split, make_vocabulary, read_texts
+from trimtab.tasks.sentences import as_data, read_texts
 
 __all__ = ["imdb_texts", "load_imdb", "split_words"]
 
@@ -80,16 +80,10 @@ def load_imdb(data_dir: Path | None, *, scale: str, sizes: tuple[int, int, int] 
         UnknownNameError: There is no such scale.
     """
     _, n_words, length = pick(scale, _PRESETS)
-    train, val, test = (
-        ([split_words(text, length) for text in texts], labels)
-        for texts, labels in imdb_texts(data_dir, scale=scale, sizes=sizes)
+    parts = imdb_texts(data_dir, scale=scale, sizes=sizes)
+    return as_data(
+        [([split_words(text, length) for text in texts], labels) for texts, labels in parts], n_words, length
     )
-    vocabulary = make_vocabulary(train[0], n_words)
-    splits = [
-        make_split(words, labels, np.arange(len(labels)), vocabulary, length) for words, labels in (train, val, test)
-    ]
-    info = {"n_classes": 2, "vocab_size": len(vocabulary) + 2, "length": length}
-    return Data(splits[0], splits[1], splits[2], info=info)
 
 
 def imdb_texts(

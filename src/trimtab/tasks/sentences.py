@@ -11,16 +11,17 @@ than test (whole sentences of other reviews).
 | small | 6,000 / 600 / 872 | 2,000 |
 | smoke | 640 / 200 / 200 | 500 |
 
-A token is a word between blanks. The vocabulary is made from the train split of the scale alone: the most frequent
-words, ties in alphabetical order, after 0 (padding) and 1 (any other word). Rows are cut and padded to 32 tokens.
+A token is a word between blanks, numbered by a word-level model of the package tokenizers (the extra `[data]`). The
+vocabulary is made from the train split of the scale alone: the most frequent words, ties in alphabetical order, after 0
+(padding) and 1 (any other word). Rows are cut and padded to 32 tokens.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,13 +31,13 @@ from torch import Tensor, nn
 from trimtab.errors import InputError
 from trimtab.tasks import hub, models
 from trimtab.tasks.base import Data, Split, Task, pick
-from trimtab.tasks.data import Rows, Source, find, read_parquet, stratified_cuts, train_and_held_out
+from trimtab.tasks.data import Source, extra, find, read_parquet, stratified_cuts, train_and_held_out
 
 __all__ = [
+    "as_data",
     "encode",
     "load_sst2",
-    "make_split",
-    "make_vocabulary",
+    "make_tokenizer",
     "read_texts",
     "sst2_bilstm",
     "sst2_mlp",
@@ -51,6 +52,7 @@ _SOURCE = Source(
 _HELD_SHARE = 10  # one train row in ten is held out for validation
 LENGTH = 32  # tokens; of the 872 test sentences 8 % are longer, of the train phrases 2 %
 UNKNOWN = 1  # after models.PADDING
+_PADDING, _UNKNOWN = "  ", " "  # no word has a blank
 _PRESETS = {
     "smoke": ((640, 200, 200), 500),
     "small": ((6_000, 600, 872), 2_000),
@@ -115,13 +117,7 @@ def load_sst2(data_dir: Path | None, *, scale: str) -> Data:
         UnknownNameError: There is no such scale.
     """
     _, n_words = pick(scale, _PRESETS)
-    train, val, test = sst2_texts(data_dir, scale=scale)
-    vocabulary = make_vocabulary(train[0], n_words)
-    splits = [
-        make_split(texts, labels, np.arange(len(labels)), vocabulary, LENGTH) for texts, labels in (train, val, test)
-    ]
-    info = {"n_classes": 2, "vocab_size": len(vocabulary) + 2, "length": LENGTH}
-    return Data(splits[0], splits[1], splits[2], info=info)
+    return as_data(sst2_texts(data_dir, scale=scale), n_words, LENGTH)
 
 
 def sst2_texts(data_dir: Path | None, *, scale: str) -> list[tuple[list[str], npt.NDArray[np.int64]]]:
@@ -180,56 +176,57 @@ def read_texts(
     return texts, labels.astype(np.int64)
 
 
-def make_split(
-    sentences: Sequence[str] | Mapping[int, str],
-    labels: npt.NDArray[np.int64],
-    rows: Rows,
-    vocabulary: dict[str, int],
-    length: int,
-) -> Split:
-    """A split of some rows of a set.
+def as_data(parts: Sequence[tuple[list[str], npt.NDArray[np.int64]]], n_words: int, length: int) -> Data:
+    """Train, val and test as tokens (B, L), of the words of train alone.
 
     Args:
-        sentences: By row, words between blanks; those of other rows are not looked at.
-        labels: Of the whole set.
-        rows: Those of the split, B of them.
-        vocabulary: Word -> number.
-        length: L; longer sentences are cut.
-
-    Returns:
-        Inputs (B, L) and targets (B,), both int64.
+        parts: Texts of the three, words between blanks, and their labels, (B,), each 0 or 1.
+        n_words: Words to keep at most.
+        length: L; longer texts are cut.
     """
-    return Split(encode([sentences[int(row)] for row in rows], vocabulary, length), torch.from_numpy(labels[rows]))
+    tokenizer = make_tokenizer(parts[0][0], n_words)
+    train, val, test = (Split(encode(texts, tokenizer, length), torch.from_numpy(labels)) for texts, labels in parts)
+    return Data(train, val, test, info={"n_classes": 2, "vocab_size": tokenizer.get_vocab_size(), "length": length})
 
 
-def make_vocabulary(sentences: Sequence[str], n_words: int) -> dict[str, int]:
-    """Number the most frequent words from 2 on; ties go to the alphabet.
+def make_tokenizer(sentences: Sequence[str], n_words: int) -> Any:
+    """A `tokenizers.Tokenizer` that numbers the most frequent words from 2 on; ties go to the alphabet.
 
     Args:
         sentences: Words between blanks.
         n_words: Words to keep at most.
 
-    >>> make_vocabulary(["b a", "b c a", "b"], 2)
-    {'b': 2, 'a': 3}
+    Raises:
+        MissingExtraError: tokenizers is not installed.
     """
-    counts = Counter(word for sentence in sentences for word in sentence.split())
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return {word: number for number, (word, _) in enumerate(ranked[:n_words], start=UNKNOWN + 1)}
+    tokenizers = extra("tokenizers", "text")
+    blanks = tokenizers.pre_tokenizers.WhitespaceSplit()
+    counted = tokenizers.Tokenizer(tokenizers.models.WordLevel())
+    counted.pre_tokenizer = blanks
+    counted.train_from_iterator(
+        sentences, tokenizers.trainers.WordLevelTrainer(vocab_size=n_words, special_tokens=[], show_progress=False)
+    )
+    # Not as special tokens of the trainer, which would be found in the texts too.
+    vocabulary = {_PADDING: models.PADDING, _UNKNOWN: UNKNOWN}
+    vocabulary |= {word: number + len(vocabulary) for word, number in counted.get_vocab().items()}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=_UNKNOWN))
+    tokenizer.pre_tokenizer = blanks
+    return tokenizer
 
 
-def encode(sentences: Sequence[str], vocabulary: dict[str, int], length: int) -> Tensor:
+def encode(sentences: Sequence[str], tokenizer: Any, length: int) -> Tensor:
     """Sentences as rows of tokens, cut and padded to one length; a sentence without a word is one unknown word.
 
     Args:
         sentences: Words between blanks.
-        vocabulary: Word -> number; other words become `UNKNOWN`.
+        tokenizer: What `make_tokenizer` gave.
         length: L.
 
     Returns:
         (B, L) int64.
     """
-    rows = np.full((len(sentences), length), models.PADDING, dtype=np.int64)
-    for row, sentence in zip(rows, sentences, strict=True):
-        tokens = [vocabulary.get(word, UNKNOWN) for word in sentence.split()[:length]] or [UNKNOWN]
-        row[: len(tokens)] = tokens
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(pad_id=models.PADDING, pad_token=_PADDING, length=length)
+    rows = np.array([row.ids for row in tokenizer.encode_batch_fast(sentences)], np.int64).reshape(-1, length)
+    rows[rows[:, 0] == models.PADDING, 0] = UNKNOWN
     return torch.from_numpy(rows)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 
 import pytest
 
 from trimtab import registry
-from trimtab.errors import InputError
+from trimtab.errors import InputError, OutputError
 from trimtab.experiments.own_tasks import register_own
+from trimtab.experiments.run import run
 
 GOOD = """
 from torch import nn
@@ -96,6 +98,35 @@ def test_a_broken_file_is_one_clear_error_and_leaves_nothing(tmp_path, text, ask
     assert registry.added() == []
     if "cannot be imported" in error:  # mended, it is imported after all
         assert [name for name in sys.modules if name.startswith("trimtab_own_")] == []
+
+
+TRAINED = """
+import torch
+from torch import nn
+from trimtab.tasks.base import Data, Split, Task
+
+def load(data_dir):
+    part = Split(torch.linspace(-1, 1, 40)[:, None], torch.arange(40) // 20)
+    return Data(part, part, part, {"n_classes": 2})
+
+def steps(scale="small"):
+    return Task("steps", "none", "classification", load, lambda data: nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 2)),
+                batch_size=8, total_steps=10, eval_every=5)
+"""
+
+
+@pytest.mark.parametrize("study", ["demo", "pruning"])
+def test_a_study_goes_on_with_the_same_file_alone(study, tmp_path):
+    path = write(tmp_path, TRAINED)
+    asked = {"scale": "smoke", "tasks": [f"{path}:steps"], "n_seeds": 1, "out": tmp_path / "out", "workers": 0}
+    asked["arms"] = ["constant"] if study == "demo" else ["uniform"]
+    run(study, **asked)
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["own_tasks"] == {"steps": content}
+    assert run(study, **asked, resume=True).exit_code == 0
+    path.write_text(TRAINED + "# changed")
+    with pytest.raises(OutputError, match=r"out holds another plan: own_tasks"):
+        run(study, **asked, resume=True)
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path):

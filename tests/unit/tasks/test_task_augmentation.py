@@ -11,6 +11,7 @@ from torch import nn
 
 from trimtab import registry
 from trimtab.errors import InputError
+from trimtab.tasks import vision
 from trimtab.tasks.augmentation import Augmentation, _crop, _rotate
 from trimtab.tasks.base import Data, Split, Task
 from trimtab.training.batches import EpochBatches
@@ -84,6 +85,35 @@ def test_what_is_drawn_is_what_was_asked_for():
     assert not torch.equal(same[0], same[1])  # a corner leaves the image, each by its own angle
 
 
+def test_no_image_is_rotated_by_more_than_was_asked_for():
+    # A ramp from left to right, rotated, rises along the angle: that of its slope in the middle is what was drawn.
+    ramp = torch.arange(31.0).expand(2000, 3, 31, 31)
+    turned = Augmentation(FILL, degrees=10.0)(ramp, generator())[:, 0]
+    across, down = turned[:, 15, 16] - turned[:, 15, 14], turned[:, 16, 15] - turned[:, 14, 15]
+    angles = torch.atan2(down, across).rad2deg()
+    assert -10.01 < angles.min() < -9.8
+    assert 9.8 < angles.max() < 10.01
+    assert abs(angles.mean()) < 0.4  # a deviation of the mean is 0.13
+    assert angles.std() == pytest.approx(20 / 12**0.5, abs=0.3)  # of an even draw
+
+
+def test_images_are_decoded_once_and_kept(tmp_path, monkeypatch):
+    write_cifar10(tmp_path / "cifar10", 800, 200)
+    calls = []
+    decode = vision.decode_images
+    monkeypatch.setattr(vision, "decode_images", lambda *given, **named: calls.append(1) or decode(*given, **named))
+    task = registry.load("task", "cifar10-cnn")("smoke").replace(is_augmented=True)
+    data = task.load(tmp_path)
+    kept = data.train.inputs.clone()
+    assert len(calls) == 3  # train, val and test
+    loop = TrainingLoop(task, data, seed=0)
+    for _ in range(21):  # into the next epoch
+        loop.step()
+    loop.evaluate("val")
+    assert len(calls) == 3
+    assert torch.equal(data.train.inputs, kept)
+
+
 def test_the_tasks_of_the_study_have_one_and_mnist_is_not_mirrored():
     names = ["cifar10-cnn", "cifar10-resnet18", "cifar10-vgg16", "mnist-cnn", "mnist-resnet18", "mnist-vgg16"]
     for name in names:
@@ -137,6 +167,12 @@ def test_what_cannot_be_is_refused():
         Augmentation(FILL, padding=1.5)
     with pytest.raises(InputError, match="augmentation: degrees is -1; expected a number from 0 to 180"):
         Augmentation(FILL, degrees=-1)
+    with pytest.raises(InputError, match="augmentation: degrees is '10'; expected a number from 0 to 180"):
+        Augmentation(FILL, degrees="10")
+    with pytest.raises(InputError, match="augmentation: flip is 'no'; expected True or False"):
+        Augmentation(FILL, flip="no")
+    with pytest.raises(InputError, match=r"augmentation: fill is 0\.0; expected a tuple of numbers, one a channel"):
+        Augmentation(0.0, flip=True)
     with pytest.raises(InputError, match="augmentation: nothing would be done; give flip, padding or degrees"):
         Augmentation(FILL)
     with pytest.raises(

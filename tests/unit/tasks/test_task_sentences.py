@@ -1,6 +1,7 @@
 """SST-2: vocabulary, padding, splits, what is refused."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from trimtab.errors import InputError, MissingDataError
 from trimtab.tasks import hub
 from trimtab.tasks.models import PADDING, BiLSTM, MeanEmbedding
-from trimtab.tasks.sentences import LENGTH, UNKNOWN, encode, make_vocabulary, sst2_bilstm, sst2_mlp
+from trimtab.tasks.sentences import LENGTH, UNKNOWN, encode, make_tokenizer, sst2_bilstm, sst2_mlp
 
 REAL = os.environ.get("TRIMTAB_DATA")
 
@@ -34,19 +35,41 @@ def write_sst2(folder: Path, n_train: int = 1000, n_validation: int = 250) -> No
         parquet.write_table(table, folder / f"{name}-00000-of-00001.parquet")
 
 
+def words_of(tokenizer) -> dict[str, int]:
+    """The words that it numbers, without what stands for padding and for any other word."""
+    assert tokenizer.token_to_id("  ") == PADDING == 0
+    assert tokenizer.token_to_id(" ") == UNKNOWN == 1
+    return {word: number for word, number in tokenizer.get_vocab().items() if word.strip()}
+
+
 def test_a_vocabulary_is_sorted_by_count_and_then_by_word():
+    pytest.importorskip("tokenizers", reason="the extra [data] is not installed")
     sentences = ["c b a", "b c", "b  d", "c", " a "]
-    assert make_vocabulary(sentences, 10) == {"b": 2, "c": 3, "a": 4, "d": 5}
-    assert make_vocabulary(sentences, 3) == {"b": 2, "c": 3, "a": 4}
-    assert make_vocabulary([], 3) == {}
+    assert words_of(make_tokenizer(sentences, 10)) == {"b": 2, "c": 3, "a": 4, "d": 5}
+    assert words_of(make_tokenizer(sentences, 3)) == {"b": 2, "c": 3, "a": 4}
+    assert words_of(make_tokenizer([], 3)) == {}
 
 
 def test_sentences_are_cut_padded_and_never_empty():
-    vocabulary = {"b": 2, "c": 3}
-    tokens = encode(["b c x", "c c c c c", " ", ""], vocabulary, 4)
+    pytest.importorskip("tokenizers", reason="the extra [data] is not installed")
+    tokenizer = make_tokenizer(["b b c"], 2)
+    tokens = encode(["b c x", "c c c c c", " ", ""], tokenizer, 4)
     assert tokens.tolist() == [[2, 3, 1, 0], [3, 3, 3, 3], [1, 0, 0, 0], [1, 0, 0, 0]]
     assert tokens.dtype == torch.int64
-    assert (PADDING, UNKNOWN) == (0, 1)
+    assert encode([], tokenizer, 4).shape == (0, 4)
+    assert encode(["c [UNK] [PAD]c"], tokenizer, 4).tolist() == [[3, 1, 1, 0]]  # these are words as any other
+
+
+def test_words_are_numbered_as_plain_counting_would_have_it():
+    pytest.importorskip("tokenizers", reason="the extra [data] is not installed")
+    draws = torch.randint(0, 40, (60, 12), generator=torch.Generator().manual_seed(1)).float().mul(0.3).exp().int()
+    texts = [" ".join(f"wört{number}" for number in row) for row in draws.tolist()]
+    counts = Counter(" ".join(texts[:40]).split())
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))[:25]
+    known = {word: number for number, word in enumerate(ranked, start=2)}
+    assert len(counts) > 25
+    expected = [[known.get(word, UNKNOWN) for word in text.split()[:10]] for text in texts]
+    assert encode(texts, make_tokenizer(texts[:40], 25), 10).tolist() == expected
 
 
 @pytest.mark.parametrize("make", [MeanEmbedding, BiLSTM])

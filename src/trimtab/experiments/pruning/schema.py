@@ -185,6 +185,7 @@ class PruningStudy:
             device, threads.
         model: Folder of a network that is pruned instead of one that is trained, or None.
         save: Method -> folder, relative to the study's, in which its network is kept.
+        own_tasks: Task of the user's own -> SHA-256 of its file.
     """
 
     study: str
@@ -195,6 +196,7 @@ class PruningStudy:
     settings: Mapping[str, Any]
     model: str | None = None
     save: Mapping[str, str] = field(default_factory=dict)
+    own_tasks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_seeds(self) -> int:
@@ -344,6 +346,8 @@ def study_json(study: PruningStudy, environment: Mapping[str, Any]) -> dict[str,
         "save": dict(study.save),
         "left_out": [],
         "environment": dict(environment),
+        # Left out where there is none, so that studies begun before can go on.
+        **({"own_tasks": dict(study.own_tasks)} if study.own_tasks else {}),
     }
 
 
