@@ -138,7 +138,7 @@ def _entry(
         "test_accuracy": summarize(accuracy).mean,
         "total_train_time": summarize([run.times.get("total_train_time") for run in grid.runs]).mean,
         "steps_to_threshold": _median(crossings),
-        "n_reached": sum(step is not None for step in crossings),
+        "n_reached": None if threshold is None else sum(step is not None for step in crossings),
         "one_run": {
             "mean": float(grid.test.mean()),
             "interval": _interval(grid.test, None),

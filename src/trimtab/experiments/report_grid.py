@@ -104,14 +104,15 @@ def _measures(entries: Sequence[Row], rows: Mapping[str, Row]) -> Table:
     table = []
     for entry in entries:
         n_runs = len(entry["initial_lrs"]) * len(entry["seeds"])
-        steps = entry["steps_to_threshold"]
+        steps, n_reached = entry["steps_to_threshold"], entry["n_reached"]
+        convergence = "not by half of the runs" if steps is None else words.number(steps)
         table.append(
             [
                 entry["id"],
                 words.cost(rows[entry["id"]]["cost"]),
                 "–" if entry["total_train_time"] is None else words.number(entry["total_train_time"]),
-                "not by half of the runs" if steps is None else words.number(steps),
-                f"{entry['n_reached']} of {n_runs}",
+                "–" if n_reached is None else convergence,
+                "–" if n_reached is None else f"{n_reached} of {n_runs}",
                 words.number(entry["test_accuracy"]),
                 words.number(entry["final_val_loss"]),
                 "takes no rate" if entry["initial_lrs"] == [None] else words.number(entry["robustness"], digits=3),
@@ -120,7 +121,7 @@ def _measures(entries: Sequence[Row], rows: Mapping[str, Row]) -> Table:
     caption = (
         "The measures of the study, means over all rates and seeds. Training time: validations included, runs to learn "
         "from left out. Convergence: median optimizer steps to the threshold that the table of speed names, a run that "
-        "never gets there counting as the last; that it is there shows at its next validation. Final "
+        "never gets there counting as the last (a dash: there is none); it shows at the next validation. Final "
         f"validation loss: diverged runs count as {DIVERGED:g} times what they began with, as above. Robustness: worst "
         "of its means over the best, by initial rate."
     )

@@ -206,6 +206,8 @@ def test_a_rate_from_which_runs_blow_up_makes_an_arm_less_robust(tmp_path):
         write_json(path, data)
     entry = next(entry for entry in collect(out)["grid"] if entry["id"] == "constant")
     assert entry["robustness"] == pytest.approx((4 * 4.0 + 1.0) / 5 / 0.5)
+    said = next(text for text in collect(out)["conclusion"] if "over the initial rates tried" in text)
+    assert "2 for constant (without 4 runs that did not end finite)" in said
     report.write(out)
     lines = (out / "report.md").read_text(encoding="utf-8").splitlines()
     table = lines[next(place for place, line in enumerate(lines) if "The measures of the study" in line) :]
@@ -221,6 +223,19 @@ def test_three_seeds_have_no_interval_and_one_rate_no_table(tmp_path):
             file.unlink()
         folder.rmdir()
     assert collect(out)["grid"] == []
+
+
+def test_without_a_threshold_nobody_is_said_to_miss_it(tmp_path):
+    out = write_study(tmp_path)
+    plan = json.loads((out / "study.json").read_text())
+    for arm in plan["arms"]:
+        arm["kind"] = "rule" if arm["kind"] == "baseline" else arm["kind"]
+    write_json(out / "study.json", {**plan, "arms": plan["arms"][:-1], "tuning": None})
+    assert {entry["n_reached"] for entry in collect(out)["grid"]} == {None}
+    report.write(out)
+    text = (out / "report.md").read_text(encoding="utf-8").split("The measures of the study")[1]
+    assert "not by half of the runs" not in text
+    assert "| q | learned in 2 runs, 40 steps | 3 | – | – |" in text
 
 
 def test_the_report_has_the_price_beside_every_tuned_number(tmp_path):
