@@ -68,7 +68,30 @@ def _of_task(task: str, rows: Sequence[Mapping[str, Any]], results: Mapping[str,
             "Being first in a table is not yet a difference: see the intervals."
         )
     found += [_of_arm(row) for row in rows if row["kind"] in ("learned", "rule")]
-    return found + _sensitivity(task, rows)
+    decides = {row["id"] for row in rows if row["kind"] in ("learned", "rule")}
+    entries = [entry for entry in results["grid"] if entry["task"] == task and entry["id"] in decides]
+    return found + _one_run(task, entries, results["tuned_arm"]) + _sensitivity(task, rows)
+
+
+def _one_run(task: str, entries: Sequence[Mapping[str, Any]], tuned: str | None) -> list[str]:
+    """What one run from a rate that nobody tuned gives, where there are seeds and rates enough to say."""
+    found = []
+    for entry in entries:
+        parts = []
+        for key, what in (("over_tuned", str(tuned)), ("over_yoked", f"its yoked twin yoked:{entry['id']}")):
+            ratio = entry["one_run"][key]
+            if ratio is not None and ratio["interval"] is not None:
+                size = f"{words.number(ratio['mean'])} {words.interval(ratio['interval'])}"
+                parts.append(f"{size} of that of {what}, that is {_against_one(ratio['interval'])}")
+        if parts:
+            rates = words.count(len(entry["initial_lrs"]), "initial rate")
+            found.append(f"{entry['id']} on {task}, one run from any of {rates}: test loss {words.listing(parts)}.")
+    return found
+
+
+def _against_one(interval: Sequence[float]) -> str:
+    low, high = interval
+    return BETTER if high < 1 else WORSE if low > 1 else NO_DIFFERENCE
 
 
 def _of_arm(row: Mapping[str, Any]) -> str:
@@ -129,7 +152,12 @@ def _sensitivity(task: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     if finite:
         arms = sorted(finite, key=lambda arm: (finite[arm], arm))
-        shown = [f"{words.number(finite[arm], digits=3)} for {arm}" for arm in arms]
+        without = {row["id"]: sum(row["sensitivity"]["runs_without_a_finite_loss"]) for row in known}
+        shown = [
+            f"{words.number(finite[arm], digits=3)} for {arm}"
+            + (f" (without {words.count(without[arm], 'run')} that did not end finite)" if without[arm] else "")
+            for arm in arms
+        ]
         found.append(
             f"{task}: over the initial rates tried, the worst mean final validation loss over the best is "
             f"{words.listing(shown)}."

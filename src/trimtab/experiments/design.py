@@ -87,6 +87,10 @@ def load_study(
         changes["benchmark_tasks"] = tuple(name for name in file.benchmark_tasks if name not in tasks)
     if n_seeds is not None:
         changes["n_seeds"] = at_least("n_seeds", n_seeds, 1)
+        changes["restricted"] = {  # what is too dear for more seeds stays so
+            task: entry.model_copy(update={"n_seeds": min(entry.n_seeds, n_seeds)})
+            for task, entry in file.restricted.items()
+        }
     if seed is not None:
         changes["seed"] = at_least("seed", seed, 0)
     file = file.model_copy(update=changes)
@@ -208,7 +212,13 @@ class _Resolver:
                 if name not in self._specs:
                     raise unknown_name(f"arm in restricted.{task} of {self._where}", name, self._specs)
             if task in (*file.tasks, *file.optional_tasks):
-                found[task] = entry.model_copy(update={"arms": tuple(name for name in entry.arms if name in ids)})
+                arms = tuple(name for name in entry.arms if name in ids)
+                if not arms:
+                    raise InputError(
+                        f"{task} is restricted to {', '.join(entry.arms)} in {self._where}, and none of them is asked "
+                        "for; add one of them to the arms, or leave out the task"
+                    )
+                found[task] = entry.model_copy(update={"arms": arms})
         return found
 
     def _arm(self, name: str) -> Arm:

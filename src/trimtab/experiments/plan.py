@@ -221,11 +221,16 @@ def _sensitivity_jobs(study: Study) -> list[Job]:
     for task in _whole_tasks(study):
         for arm in study.arms:
             is_control = arm.kind in ("placebo", "yoked")
-            if (is_control and not study.sensitivity_controls) or not arm.has_rate:
+            if (is_control and not study.sensitivity_controls) or not _has_rate(study, arm):
                 continue  # without it the controls are about the main rate; default-cosine and others bring their own
             rates = [rate for rate in study.sensitivity_lrs if rate != arm.lr[task]]
             jobs += [_job(study, arm, task, "sensitivity", seed, rate) for rate in rates for seed in _seeds(study, arm)]
     return [replace(job, replay_from=_other_seed(study, job)) if job.kind == "yoked" else job for job in jobs]
+
+
+def _has_rate(study: Study, arm: Arm) -> bool:
+    """Whether an arm can begin with a rate that is given; a twin begins where what it replays began."""
+    return all(other.has_rate for other in (*study.arms, *study.support) if other.id in (arm.id, arm.of))
 
 
 def _seeds(study: Study, arm: Arm) -> range:

@@ -77,7 +77,7 @@ def draw_learning(rows: Sequence[Mapping[str, Any]], look: Mapping[str, Style], 
     alike: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "learned" and row["metrics"]["test_loss"]["mean"] is not None:
-            key = json.dumps([row["agent"], row["knobs"], row["options"]], sort_keys=True)
+            key = json.dumps([row["agent"], row["knobs"], row["options"], row["cost"].get("taught")], sort_keys=True)
             alike.setdefault(key, []).append(row)
     curves = [
         sorted(group, key=lambda row: row["cost"]["learning_runs"])
@@ -100,7 +100,8 @@ def draw_learning(rows: Sequence[Mapping[str, Any]], look: Mapping[str, Style], 
             axis.annotate(row["id"], (place, mean), xytext=(6, 6), textcoords="offset points", fontsize=9)
     axis.set_xticks(range(len(counts)), [str(count) for count in counts])
     axis.set_xlim(-0.3, len(counts) - 0.4)
-    axis.set_xlabel("runs learned from before", fontsize=9)
+    has_brains = any(row["cost"].get("taught") for curve in curves for row in curve)
+    axis.set_xlabel("runs learned from before" + (", on top of the brain" if has_brains else ""), fontsize=9)
     axis.set_ylabel("mean test loss, 95 % interval", fontsize=9)
     axis.set_title(task, loc="left", fontsize=10)
     return figure

@@ -81,8 +81,8 @@ _SENSITIVITY = (
 _LEARNING = (
     "Test loss on {task} against the number of runs that an arm had learned from before, one line for arms that differ "
     "in nothing else; the numbers are in the tables of outcomes and differences.",
-    "Mean test loss with its 95 % interval against the runs learned from before. Whether more runs help is in the "
-    "differences, which are paired by seed.",
+    "Mean test loss with its 95 % interval against the runs learned from before; without a bar there are too few seeds "
+    "to say. Whether more runs help is in the differences, which are paired by seed.",
 )
 _KNOBS = (
     "Paths of the knobs on {task} against optimizer steps, one line for each seed, with every decision marked.",
@@ -91,7 +91,8 @@ _KNOBS = (
 )
 _REWARDS = (
     "Reward of every decision on {task} against optimizer steps, mean and range over seeds.",
-    "Reward of every interval: mean over seeds, and the range from the lowest to the highest seed as a band.",
+    "Reward of every interval: mean over seeds, and the range from the lowest to the highest seed as a band. Arms "
+    "whose reward is 0 throughout are left out: a rank among many runs says nothing of a single one.",
 )
 
 
@@ -336,7 +337,7 @@ def _rewards(study: StudyFolder, task: str, look: Mapping[str, Style]) -> Figure
     for arm in study.arms:
         if arm.decides:
             curve = _mean_and_range(study.of(arm=arm.id, task=task, role="report"), "reward")
-            if curve is not None:
+            if curve is not None and np.any(curve[1]):
                 curves[arm.id] = curve
     if not curves:
         return None

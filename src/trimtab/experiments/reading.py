@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
-from trimtab.experiments.design import STEPS
+from trimtab.experiments.resolved import STEPS, WITHOUT_RATE
 from trimtab.storage import read_json, read_lines
 
 __all__ = ["LANGUAGE_DATASETS", "Arm", "Run", "StudyFolder", "read_study"]
@@ -68,6 +68,7 @@ class Run:
         times: Of result.json.
         result: All of result.json; empty while the run is unfinished.
         flops_budget: The budget in training FLOPs; 0 where they were not recorded.
+        taught: What the brain that it went on from took before the study; None without one, or where nothing says so.
     """
 
     path: str
@@ -86,6 +87,7 @@ class Run:
     series: tuple[Mapping[str, Any], ...]
     decisions: tuple[Mapping[str, Any], ...]
     flops_budget: int = 0
+    taught: Mapping[str, Any] | None = None
 
     @property
     def is_over(self) -> bool:
@@ -199,6 +201,7 @@ def _arms(plan: Any, out: Path) -> tuple[Arm, ...]:
     try:
         if not all(isinstance(task, str) for task in plan["tasks"]):
             raise TypeError("tasks")
+        without_rate = {str(row["id"]) for row in (*plan["arms"], *(plan.get("support") or ())) if _chooses_rate(row)}
         return tuple(
             Arm(
                 id=str(row["id"]),
@@ -208,9 +211,7 @@ def _arms(plan: Any, out: Path) -> tuple[Arm, ...]:
                 base=row.get("base"),
                 options=dict(row.get("options") or {}),
                 lr=dict(row.get("lr") or {}),
-                chooses_rate=row.get("agent") == "default-cosine"
-                or row.get("own_optimizer") == "prodigy"
-                or (row["kind"] == "search" and "lr" in (row.get("knobs") or ())),
+                chooses_rate=_chooses_rate(row) or row.get("of") in without_rate,
                 knobs=tuple(row.get("knobs") or ("lr",)),
                 learn_runs=int(row.get("learn_runs") or 0),
             )
@@ -221,6 +222,11 @@ def _arms(plan: Any, out: Path) -> tuple[Arm, ...]:
             f"{out / 'study.json'} is no plan of a study ({type(error).__name__}: {error}); "
             "expected lists `tasks` and `arms` with an id and a kind each, as `trimtab run` writes them"
         ) from error
+
+
+def _chooses_rate(row: Mapping[str, Any]) -> bool:
+    is_free = row.get("agent") == "default-cosine" or row.get("own_optimizer") in WITHOUT_RATE
+    return is_free or (row["kind"] == "search" and "lr" in (row.get("knobs") or ()))
 
 
 def _runs(out: Path, arms: Sequence[str], tasks: tuple[str, ...]) -> tuple[list[Run], list[str]]:
@@ -277,6 +283,7 @@ def _run(path: Path, name: str) -> Run:
         series=tuple(read_lines(path / "series.jsonl")),
         decisions=tuple(read_lines(path / "decisions.jsonl")),
         flops_budget=int(header.get("flops_budget") or 0),
+        taught=header.get("taught"),
     )
 
 

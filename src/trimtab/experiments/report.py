@@ -25,6 +25,7 @@ from trimtab.storage import atomic_write, read_json, write_json
 
 __all__ = ["write"]
 
+_GUARDED = {"learned": "learned arms", "rule": "rules", "yoked": "yoked twins"}
 _MAX_NAMED = 12  # missing runs named one by one before the rest is counted
 
 
@@ -107,6 +108,7 @@ def _plan(study: StudyFolder, results: Mapping[str, Any]) -> list[Block]:
         *(_task(study, task) for task in study.tasks),
         "Same start: with the same seed every arm has the same data order, initial weights and dropout.",
         "The validation set is what arms may look at; the test set is read once, at the end of a run.",
+        *_unequal(study, results),
         *_tuning(study),
     ]
     if plan.get("sensitivity_lrs"):
@@ -129,6 +131,31 @@ def _task(study: StudyFolder, task: str) -> str:
         listed = words.listing([words.number(count / 1e9) for count in flops])
         budget = f"{listed} training GFLOPs for every arm, those of {budget} as the task has them"
     return f"Task {task} (data set {study.dataset(task)}): budget of a run {budget}."
+
+
+def _unequal(study: StudyFolder, results: Mapping[str, Any]) -> list[str]:
+    """Where arms are not treated alike: how often they are validated, and who has the guard."""
+    items = []
+    if any(len(_validations(results, task)) > 1 for task in study.tasks):
+        items.append(
+            "Validation: before training, and before each decision. Arms that decide at other times are validated at "
+            "other times, as the table of speed says: the best loss of a run, and when it first gets somewhere, favour "
+            "those that are validated more often; what is measured at the end does not."
+        )
+    guarded = [name for kind, name in _GUARDED.items() if any(arm.kind == kind for arm in study.arms)]
+    if guarded and any(arm.kind in ("baseline", "placebo") for arm in study.arms):
+        rules = [arm.id for arm in study.arms if arm.kind == "rule"]
+        items.append(
+            f"Guard: {words.listing(guarded)} go back, and cut their rate, when a run diverges; baselines and placebos "
+            "do not. From a rate at which runs diverge, a gain over those may be the guard's."
+            + (f" Rules here: {words.listing(rules)}." if rules else "")
+        )
+    return items
+
+
+def _validations(results: Mapping[str, Any], task: str) -> set[float]:
+    found = {row["n_validations"] for row in results["arms"] if row["task"] == task}
+    return {number for number in found if number is not None}
 
 
 def _tuning(study: StudyFolder) -> list[str]:
@@ -179,7 +206,13 @@ def _results(task: str, results: Mapping[str, Any], pictures: list[Plot]) -> lis
     for plot in pictures:
         by_kind.setdefault(plot.kind, []).append(Image(plot.path, plot.alt, plot.caption))
     outcome, *others = result_tables(rows, results["thresholds"][task])
-    blocks += [outcome, *by_kind.get("loss", []), *by_kind.get("differences", []), *others]
+    blocks += [
+        outcome,
+        *by_kind.get("loss", []),
+        *by_kind.get("differences", []),
+        *by_kind.get("learning", []),
+        *others,
+    ]
     entries = [entry for entry in results["grid"] if entry["task"] == task]
     blocks += grid_tables(entries, rows, results["tuned_arm"])
     return [*blocks, *by_kind.get("sensitivity", []), *by_kind.get("knob", []), *by_kind.get("reward", [])]

@@ -38,7 +38,7 @@ def grid_tables(entries: Sequence[Row], rows: Sequence[Row], tuned_arm: str | No
 
 
 def _one_run(entries: Sequence[Row], rows: Mapping[str, Row], tuned_arm: str | None) -> Table:
-    ordered = sorted(entries, key=lambda entry: (entry["one_run"]["mean"], entry["id"]))
+    ordered = sorted(entries, key=lambda entry: (bool(entry["missing_lrs"]), entry["one_run"]["mean"], entry["id"]))
     tuned = rows.get(tuned_arm or "")
     table = [
         [
@@ -55,7 +55,9 @@ def _one_run(entries: Sequence[Row], rows: Mapping[str, Row], tuned_arm: str | N
     price = f" ({tuned_arm}: {words.cost(tuned['cost'])})" if tuned is not None else ""
     caption = (
         "What one run gives: mean test loss from a rate of the grid drawn at random, each as likely. Interval of 95 %: "
-        "bootstrap over rates and seeds, each drawn with replacement by itself; under five seeds there is none. "
+        "bootstrap over rates and seeds, each drawn with replacement by itself, widened for their small number; under "
+        "five seeds, or five rates, there is none. An arm that lacks runs from a rate stands last, without what "
+        "needs them all. "
         f"A loss that is not finite, or above {DIVERGED:g} times the validation loss before training, counts as that: "
         f"such runs are the diverged ones. Ratios are of means over the same seeds{price}: below one is a gain."
     )
@@ -66,7 +68,7 @@ def _one_run(entries: Sequence[Row], rows: Mapping[str, Row], tuned_arm: str | N
 def _best_tuned(entries: Sequence[Row], rows: Mapping[str, Row], tuned_arm: str | None) -> Table:
     known = [entry for entry in entries if entry["best_tuned"] is not None]
     ordered = sorted(known, key=lambda entry: (entry["best_tuned"]["test_loss"]["mean"], entry["id"]))
-    table = []
+    table = [_tuned_row(rows[tuned_arm])] if tuned_arm is not None and tuned_arm in rows else []
     for entry in ordered:
         found = entry["best_tuned"]
         ratio = found["over_tuned"]
@@ -83,34 +85,45 @@ def _best_tuned(entries: Sequence[Row], rows: Mapping[str, Row], tuned_arm: str 
     caption = (
         "Best-tuned: for each seed the rate with the lowest mean final validation loss over the other seeds, and at it "
         "the test loss of this seed. The price is the runs that one such choice takes; it comes on top of the cost "
-        "before use."
+        "before use. The choices of two seeds share most of their runs, so that these intervals are a little too "
+        "narrow; ratios are of means, without an interval."
     )
+    if tuned_arm in rows:
+        caption += f" First {tuned_arm}, whose rate was chosen on seeds of its own, and whose price is its cost."
     name = tuned_arm or "the tuned schedule"
     return Table(caption, ["arm", COST, "price of tuning", "rates chosen", "test loss", f"over {name}"], table)
+
+
+def _tuned_row(row: Row) -> list[str]:
+    loss = row["metrics"]["test_loss"]
+    chosen = f"{rate(row['initial_lr'])} ({loss['n']})"
+    return [row["id"], words.cost(row["cost"]), "in its cost", chosen, words.summary(loss), "1"]
 
 
 def _measures(entries: Sequence[Row], rows: Mapping[str, Row]) -> Table:
     table = []
     for entry in entries:
-        robustness = (rows[entry["id"]]["sensitivity"] or {}).get("worst_over_best")
         n_runs = len(entry["initial_lrs"]) * len(entry["seeds"])
-        steps = entry["steps_to_threshold"]
+        steps, n_reached = entry["steps_to_threshold"], entry["n_reached"]
+        convergence = "not by half of the runs" if steps is None else words.number(steps)
         table.append(
             [
                 entry["id"],
                 words.cost(rows[entry["id"]]["cost"]),
                 "–" if entry["total_train_time"] is None else words.number(entry["total_train_time"]),
-                "not by half of the runs" if steps is None else words.number(steps),
-                f"{entry['n_reached']} of {n_runs}",
+                "–" if n_reached is None else convergence,
+                "–" if n_reached is None else f"{n_reached} of {n_runs}",
                 words.number(entry["test_accuracy"]),
                 words.number(entry["final_val_loss"]),
-                "takes no rate" if entry["initial_lrs"] == [None] else words.number(robustness, digits=3),
+                "takes no rate" if entry["initial_lrs"] == [None] else words.number(entry["robustness"], digits=3),
             ]
         )
     caption = (
-        "The measures of the study, over all rates and seeds. Convergence: median optimizer steps to the threshold "
-        "that stands under the table of speed, a run that never gets there counting as the last. Robustness: worst "
-        "mean final validation loss over the best, by initial rate; a dash where a rate has no finite loss."
+        "The measures of the study, means over all rates and seeds. Training time: validations included, runs to learn "
+        "from left out. Convergence: median optimizer steps to the threshold that the table of speed names, a run that "
+        "never gets there counting as the last (a dash: there is none); it shows at the next validation. Final "
+        f"validation loss: diverged runs count as {DIVERGED:g} times what they began with, as above. Robustness: worst "
+        "of its means over the best, by initial rate."
     )
     columns = ["arm", COST, "training time, s", "convergence, steps", "reached by", "test accuracy"]
     return Table(caption, [*columns, "final validation loss", "robustness: worst / best"], table)
@@ -119,7 +132,9 @@ def _measures(entries: Sequence[Row], rows: Mapping[str, Row]) -> Table:
 def _rates(entry: Row) -> str:
     if entry["initial_lrs"] == [None]:
         return f"takes no rate x {len(entry['seeds'])}"
-    return f"{len(entry['initial_lrs'])} x {len(entry['seeds'])}"
+    n_rates = len(entry["initial_lrs"])
+    of = f" of {n_rates + len(entry['missing_lrs'])}" if entry["missing_lrs"] else ""
+    return f"{n_rates}{of} x {len(entry['seeds'])}"
 
 
 def _mean(entry: Row | None) -> str:

@@ -29,6 +29,9 @@ _MEANINGS = {
     "same agent": "the same agent with other settings",
 }
 
+# What an arm brings from before: shown among its options.
+_EARLIER = ("brain", "learn_runs", "learn_tasks", "experience")
+
 Row = Mapping[str, Any]
 
 
@@ -43,7 +46,11 @@ def plan_table(arms: Sequence[Mapping[str, Any]], tasks: Sequence[str], rates: M
     rows = []
     names_knobs = any(list(arm.get("knobs") or ()) not in ([], ["lr"]) for arm in arms)
     for arm in arms:
-        options = ", ".join(f"{name}={value}" for name, value in (arm.get("options") or {}).items())
+        given = {
+            **(arm.get("options") or {}),
+            **{key: arm[key] for key in _EARLIER if _is_learned(arm) and arm.get(key)},
+        }
+        options = ", ".join(f"{name}={value}" for name, value in given.items())
         knobs = ", ".join(_knob(name, arm) for name in arm.get("knobs") or ("lr",))
         rows.append(
             [
@@ -86,6 +93,10 @@ def _kind(arm: Row) -> str:
         return text
     parts = [search["method"], *([words.count(search["trials"], "trial")] if search.get("trials") else [])]
     return f"{text} ({', '.join([*parts, 'budget ' + search['budget']])})"
+
+
+def _is_learned(arm: Row) -> bool:
+    return bool(arm["kind"] == "learned")
 
 
 def _knob(name: str, arm: Row) -> str:
@@ -193,7 +204,16 @@ def _speed(rows: Sequence[Row], threshold: Mapping[str, Any]) -> Table:
         ("avg_inference_tokens_per_second", "tokens per second"),
     ]
     shown = [(name, head) for name, head in columns if any(row["metrics"][name]["n"] for row in rows)]
-    table = [[row["id"], words.cost(row["cost"]), *(_mean(row, name) for name, _ in shown)] for row in rows]
+    differ = len({row["n_validations"] for row in rows} - {None}) > 1
+    table = [
+        [
+            row["id"],
+            words.cost(row["cost"]),
+            *([words.number(row["n_validations"])] if differ else []),
+            *(_mean(row, name) for name, _ in shown),
+        ]
+        for row in rows
+    ]
     if threshold["arm"] is None:
         first = "No threshold: no baseline has a final validation loss."
     else:
@@ -204,7 +224,10 @@ def _speed(rows: Sequence[Row], threshold: Mapping[str, Any]) -> Table:
         f"Speed, means over seeds. {first} Plateau: the first interval from which the validation loss, smoothed over "
         "three, improves by less than 1 % until the end. A mean is given where every seed gets there."
     )
-    return Table(caption, ["arm", COST, *(head for _, head in shown)], table if shown else [])
+    if differ:
+        caption += " Validations: of one run, after its start."
+    columns_shown = [*(["validations"] if differ else []), *(head for _, head in shown)]
+    return Table(caption, ["arm", COST, *columns_shown], table if shown else [])
 
 
 def _control(rows: Sequence[Row]) -> Table:

@@ -103,6 +103,7 @@ def _row(study: StudyFolder, arm: Arm, task: str, role: str, threshold: Mapping[
         "initial_lr": study.rate(arm, task, role),
         "seeds": seeds,
         "n_seeds": table[_MAIN]["n"],
+        "n_validations": summarize([len(run.series) - 1 for run in own if run.series]).mean,
         "metrics": table,
         "differences": differences,
         "cost": _cost(study, arm, task, own, differences),
@@ -228,12 +229,16 @@ def _cost(
     if study.budget == FLOPS:
         flops = max((int(entry.get("flops") or 0) for entry in learning), default=0)
         paid = flops, sum(run.flops_budget for run in tuning), paid[2]
+    taught = next((dict(run.taught) for run in runs if run.taught), None)
     uses, why = (
         metrics.uses_to_pay_back(*paid, "FLOPs" if study.budget == FLOPS else "steps")
         if arm.decides
         else (None, _IDLE.get(arm.kind, "it is a control"))
     )
+    if taught is not None and uses is not None:
+        why += "; what its brain took before is not counted"
     return {
+        "taught": taught,
         "learning_runs": max((int(entry.get("runs") or 0) for entry in learning), default=0),
         "learning_optimizer_steps": learning_steps,
         "tuning_runs": len(tuning) if is_tuned else 0,

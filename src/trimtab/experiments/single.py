@@ -24,6 +24,7 @@ from trimtab.agents.scripted import Replay
 from trimtab.brain import Brain
 from trimtab.controller import Controller
 from trimtab.errors import InputError
+from trimtab.experiments.earlier_brains import check_brain, sources_of, what_it_took
 from trimtab.experiments.experience import check_experience, read_experience, store_run
 from trimtab.experiments.fine_tuning import REWARD, Explorer, check_fine_tuning
 from trimtab.experiments.jobs import (
@@ -79,6 +80,8 @@ def check_job(job: Job) -> None:
         agent = _make_agent(job, task)
         spec = _make_spec(job, task, agent)
         spec.make_knobs()
+        if job["brain"] is not None:
+            check_brain(job["brain"], task)
         if job["learn_runs"]:
             check_fine_tuning(agent)
         if job.get("experience") is not None:
@@ -348,6 +351,7 @@ class _Run:
             "schema": 1,
             **{key: job[key] for key in ("study", "arm", "task", "role", "seed", "agent", "kind", "of", "options")},
             "dataset": self.task.dataset,
+            **({} if job["brain"] is None or job["kind"] != "learned" else {"taught": what_it_took(job["brain"])}),
             "initial_lr": self.task.lr if job["initial_lr"] is None else job["initial_lr"],
             "start": {name: float(value) for name, value in self.controller.state.initial_settings.items()},
             "total_steps": self.loop.total_steps,
@@ -490,6 +494,7 @@ class _Run:
             "root_seed": job["root_seed"],
             "seed": job["seed"],
             "from": job["brain"],
+            **({} if job["brain"] is None else sources_of(job["brain"])),
             "runs": learning["runs"] + 1,
             "optimizer_steps": learning["optimizer_steps"] + self.loop.steps_done,
             "trimtab": trimtab.__version__,

@@ -83,6 +83,12 @@ def difference(entry: Mapping[str, Any]) -> str:
 def cost(entry: Mapping[str, Any]) -> str:
     """What an arm cost before it was used, and what a search costs each time."""
     parts = []
+    if entry.get("taught"):
+        networks, steps = entry["taught"].get("networks"), entry["taught"].get("optimizer_steps")
+        known = [count(n, noun) for n, noun in ((networks, "earlier network"), (steps, "step")) if n is not None]
+        parts.append(
+            f"brain taught on {', '.join(known)}" if known else "brain taught before, at a cost it does not say"
+        )
     if entry["learning_runs"] or entry["learning_optimizer_steps"]:
         runs, steps = entry["learning_runs"], entry["learning_optimizer_steps"]
         parts.append(f"learned in {count(runs, 'run')}, {count(steps, 'step')}")

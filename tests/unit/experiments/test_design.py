@@ -401,6 +401,18 @@ def test_wrong_restrictions_are_named(tmp_path, more, text):
     assert text in str(caught.value)
 
 
+def test_fewer_seeds_are_fewer_on_restricted_tasks_too(tmp_path):
+    path = write(tmp_path, GOOD + "restricted: {digits-mlp: {arms: [constant], n_seeds: 3}}\n")
+    assert load_study(path, n_seeds=2).seeds_on("digits-mlp") == 2
+    assert load_study(path, n_seeds=9).seeds_on("digits-mlp") == 3
+
+
+def test_arms_that_leave_a_restricted_task_without_any_are_refused(tmp_path):
+    path = write(tmp_path, GOOD + "restricted: {digits-mlp: {arms: [constant], n_seeds: 3}}\n")
+    with pytest.raises(InputError, match=r"digits-mlp is restricted to constant in mine.yaml, and none of them is ask"):
+        load_study(path, arms=["q_learning"])
+
+
 def test_the_demo_is_what_was_promised():
     study = load_study("demo")
     assert study.tasks == ("digits-mlp",)

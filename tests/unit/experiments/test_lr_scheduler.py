@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from trimtab.errors import InputError
 from trimtab.experiments import run
 from trimtab.experiments.design import load_study
 from trimtab.experiments.plan import plan_jobs, study_json, tuned_jobs, tuning_jobs
@@ -26,6 +27,34 @@ def test_the_report_waits_for_the_runs_that_the_plan_makes(tmp_path):
     assert [row for row in rows if row[1] == "cifar10-vgg16"] == [
         (arm, "cifar10-vgg16", 3) for arm in ("constant", "cosine", "uwhg", "default-brain", "placebo:default-brain")
     ]
+
+
+def test_the_brain_is_refused_on_diabetes_before_anything_is_written(tmp_path):
+    asked = {"scale": "smoke", "out": tmp_path / "out", "workers": 0}
+    with pytest.raises(InputError, match=r"arm 'default-brain' on 'diabetes-mlp': .* it was taught on 'diabetes'"):
+        run.run("lr-scheduler", tasks=["digits-mlp", "diabetes-mlp"], **asked)
+    with pytest.raises(InputError, match="arm 'default-brain' on 'diabetes-mlp'"):  # what its twin would replay
+        run.run("lr-scheduler", tasks=["diabetes-mlp"], arms=["yoked:default-brain"], **asked)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_says_where_arms_are_not_treated_alike(tmp_path):
+    arms = ["constant", "uwhg", "dqn-paper", "default-brain", "fine-tuned-brain"]
+    out = tmp_path / "out"
+    run.run("lr-scheduler", scale="smoke", arms=arms, n_seeds=1, out=out, workers=0)
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "Guard: learned arms and rules go back, and cut their rate" in text
+    assert "Rules here: uwhg." in text
+    assert "Validation: before training, and before each decision." in text
+    assert "![" in text.split("plots/learning_digits-mlp.png")[0].splitlines()[-1]
+    cost = "brain taught on 64,000 earlier networks, 24,510,816 steps"
+    table = text.split("**Speed")[1].split("**Control")[0]
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:3] for line in table.splitlines() if line.startswith("| ")}
+    assert rows["constant"] == ["none", "24"]
+    assert rows["dqn-paper"] == ["learned in 1 run, 120 steps", "4"]
+    assert rows["default-brain"][0] == cost
+    assert rows["fine-tuned-brain"][0] == f"{cost}; learned in 2 runs, 240 steps"
+    assert "| brain=default, learn_runs=2 |" in text
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ from trimtab.experiments.plan import (
     tuned_jobs,
     tuning_jobs,
 )
+from trimtab.experiments.reading import read_study
+from trimtab.storage import write_json
 
 TEXT = """
 study: mine
@@ -184,6 +186,20 @@ def test_a_twin_from_another_rate_replays_its_arm_from_that_rate_under_another_s
     folder = "runs/digits-mlp/q_learning/sensitivity/lr-0.01/seed-"
     assert twins == {0: f"{folder}1", 1: f"{folder}0"}
     assert set(twins.values()) <= {job.directory for job in jobs}
+
+
+def test_a_twin_of_an_arm_without_a_rate_is_not_run_from_other_rates(tmp_path):
+    # It would wait for ever for a run of its arm from that rate, which there is none of.
+    path = tmp_path / "mine.yaml"
+    more = "sensitivity_lrs: [0.01]\nsensitivity_controls: true\n"
+    path.write_text(TEXT.replace("yoked:q_learning", "yoked:default-cosine") + more)
+    study = load_study(path)
+    jobs = plan_jobs(study)
+    known = {job.directory for job in jobs}
+    assert all(job.replay_from in known for job in jobs if job.replay_from is not None)
+    assert "yoked:default-cosine" not in {job.arm for job in jobs if job.role == "sensitivity"}
+    write_json(tmp_path / "study.json", study_json(study, {}))
+    assert read_study(tmp_path).n_planned == len(jobs)
 
 
 def test_a_twin_without_another_seed_is_not_run_from_other_rates(tmp_path):

@@ -225,6 +225,32 @@ def test_a_brain_that_we_ship_is_used_as_it_is_and_taught_on_from_earlier_runs(t
     assert taught["metrics"]["test_loss"] != plain["metrics"]["test_loss"]
 
 
+def test_a_brain_is_refused_on_data_that_it_was_taught_on(tmp_path):
+    brain = {"agent": "ppo", "brain": "default", "options": {}, "base": None, "every": None}
+    text = "arm 'q_learning' on 'diabetes-mlp': task 'diabetes-mlp' is no test of this brain: it was taught on"
+    with pytest.raises(InputError, match=text + " 'diabetes'.*or name under restricted: the arms that the task is run"):
+        single.check_job({**JOB, **brain, "task": "diabetes-mlp"})
+    # One that goes on from it has seen the same; where it goes on from a run on this very task, that was the wish.
+    run(tmp_path, **brain, learn_runs=2)
+    mine = {**brain, "brain": str(tmp_path / "runs/a/brain")}
+    single.check_job({**JOB, **mine})
+    with pytest.raises(InputError, match=text):
+        single.check_job({**JOB, **mine, "task": "diabetes-mlp"})
+
+
+def test_a_run_says_what_its_brain_took_before(tmp_path):
+    brain = {"agent": "ppo", "brain": "default", "options": {}, "base": None, "every": None}
+    run(tmp_path, **brain)
+    cost = Brain.load("default").provenance["cost"]
+    header = json.loads((tmp_path / "runs/a/run.json").read_text())
+    assert header["taught"] == {"networks": cost["networks"], "optimizer_steps": cost["optimizer_steps"]}
+    run(tmp_path, directory="runs/q", learn_runs=1)
+    assert "taught" not in json.loads((tmp_path / "runs/q/run.json").read_text())
+    run(tmp_path, directory="runs/r", brain=str(tmp_path / "runs/q/brain"), options={})
+    header = json.loads((tmp_path / "runs/r/run.json").read_text())
+    assert header["taught"] == {"networks": 2, "optimizer_steps": 120}
+
+
 def test_a_brain_that_cannot_be_taught_on_is_refused_before_training(tmp_path):
     agent = make_agent("dqn")
     Brain(agent, ControlSpec.for_agent(agent)).save(tmp_path / "b")
