@@ -10,7 +10,7 @@ whose run is a number of trials.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -95,7 +95,7 @@ def load_study(
         changes["seed"] = at_least("seed", seed, 0)
     file = file.model_copy(update=changes)
     _check_tasks(file, where)
-    return _Resolver(file, where, None if arms is None else check_list("arms", arms)).study(scale)
+    return _Resolver(file, where, scale, None if arms is None else check_list("arms", arms)).study()
 
 
 def find_study(name_or_path: str | Path) -> Path:
@@ -162,9 +162,10 @@ def _check_tasks(file: StudyFile, where: str) -> None:
 class _Resolver:
     """Turns the arms of one study file into resolved arms."""
 
-    def __init__(self, file: StudyFile, where: str, wanted: list[str] | None) -> None:
+    def __init__(self, file: StudyFile, where: str, scale: str, wanted: list[str] | None) -> None:
         self._file = file
         self._where = where
+        self._scale = scale
         self._specs = {spec.id: spec for spec in file.arms}
         self._agents = registry.names("agent")
         self._known_knobs = registry.names("knob")
@@ -175,7 +176,7 @@ class _Resolver:
         everything = [*self._specs, *([self._tuned_id] if self._tuned_id else [])]
         self._wanted = everything if wanted is None else wanted
 
-    def study(self, scale: str) -> Study:
+    def study(self) -> Study:
         """The whole study."""
         file = self._file
         arms = tuple(self._arm(name) for name in self._wanted if name != self._tuned_id)
@@ -185,7 +186,7 @@ class _Resolver:
         return Study(
             study=file.study,
             idea=file.idea,
-            scale=scale,
+            scale=self._scale,
             root_seed=file.seed,
             n_seeds=file.n_seeds,
             tasks=file.tasks,
@@ -438,7 +439,7 @@ class _Resolver:
         given = self._file.lr if spec.lr is None else spec.lr
         owner = self._where if spec.lr is None else f"arm {spec.id!r}"
         if not isinstance(given, dict):
-            return dict.fromkeys((*tasks, *benchmarks), None if given == "task" else given)
+            return self._with_own({task: given for task in (*tasks, *benchmarks)})
         known = registry.names("task")
         for task in given:
             if task not in known:
@@ -449,7 +450,16 @@ class _Resolver:
         # A benchmark task gets the model untouched: with the first task's rate where it has none of its own.
         rates = {task: given[task] for task in tasks}
         rates |= {task: given.get(task, given[tasks[0]]) for task in benchmarks}
-        return {task: None if rate == "task" else rate for task, rate in rates.items()}
+        return self._with_own(rates)
+
+    def _with_own(self, rates: Mapping[str, Any]) -> dict[str, float | None]:
+        """The task's own rate as None; as a number where runs from other rates must be told from those from it."""
+        if not self._file.sensitivity_lrs:
+            return {task: None if rate == "task" else rate for task, rate in rates.items()}
+        return {
+            task: registry.load("task", task)(self._scale).lr if rate == "task" else rate
+            for task, rate in rates.items()
+        }
 
     def _reward(self, spec: ArmSpec) -> str | None:
         name = spec.reward or self._file.reward

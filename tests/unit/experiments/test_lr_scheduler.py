@@ -20,7 +20,7 @@ def test_the_report_waits_for_the_runs_that_the_plan_makes(tmp_path):
     write_json(tmp_path / "study.json", study_json(study, {}))
     jobs = [*tuning_jobs(study), *plan_jobs(study), *(job for t in study.tasks for job in tuned_jobs(study, t, 1e-3))]
     found = read_study(tmp_path)
-    assert found.n_planned == len({job.directory for job in jobs}) == len(jobs) == 2650
+    assert found.n_planned == len({job.directory for job in jobs}) == len(jobs) == 2665
     assert found.seeds_on("cifar10-vgg16") == 3
     assert [arm.id for arm in found.arms_on("cifar10-vgg16")] == [a.id for a in study.arms_on("cifar10-vgg16")]
     rows = [(row["id"], row["task"], row["status"]["planned"]) for row in collect_study(found)["arms"]]

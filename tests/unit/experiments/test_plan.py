@@ -85,8 +85,11 @@ def test_a_yoked_arm_without_a_partner_to_replay_gets_support_runs(tmp_path, ask
     assert all(partner.seed != twin.seed for partner, twin in zip(support, twins, strict=True))
 
 
-def test_sensitivity_runs_leave_out_the_controls_the_main_rate_and_default_cosine(tmp_path):
-    study = study_of(tmp_path, "sensitivity_lrs: [0.001, 0.1]\nsensitivity_seeds: 2\n")
+@pytest.mark.parametrize("lr", ["0.001", "task"])  # which is 0.001 too
+def test_sensitivity_runs_leave_out_the_controls_the_main_rate_and_default_cosine(tmp_path, lr):
+    path = tmp_path / "mine.yaml"
+    path.write_text(TEXT.replace("lr: 0.001", f"lr: {lr}") + "sensitivity_lrs: [0.001, 0.1]\nsensitivity_seeds: 2\n")
+    study = load_study(path)
     jobs = [job for job in plan_jobs(study) if job.role == "sensitivity"]
     assert {(job.arm, job.initial_lr, job.seed) for job in jobs} == {
         (arm, 0.1, seed) for arm in ("constant", "q_learning") for seed in (0, 1)
