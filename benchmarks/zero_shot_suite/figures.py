@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trimtab.experiments.stats import expanded_tail
+
 __all__ = [
     "CAP",
     "MIN_GROUPS",
@@ -40,7 +42,6 @@ CAP = 256  # runs of a random search: beyond it nobody searches, and a pool of 1
 # Whole numbers up to 32, then about one in ten: what lies between is interpolated in log n.
 NS = np.unique(np.concatenate((np.arange(1, 33), np.geomspace(32, CAP, 25).round()))).astype(np.float64)
 _NS = tuple(NS.tolist())
-LEVEL = 0.95
 
 
 def expected_best_of(ns: Floats, val: Floats, test: Floats) -> Floats:
@@ -117,16 +118,17 @@ def geometric_mean(ratios: Sequence[float] | Floats) -> float:
     return float(np.exp(np.mean(np.log(np.asarray(ratios, dtype=np.float64)))))
 
 
-def interval(values: Sequence[float] | Floats) -> tuple[float, float]:
-    """The middle 95 % of bootstrap values."""
-    low, high = np.quantile(np.asarray(values, dtype=np.float64), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def interval(values: Sequence[float] | Floats, n: int) -> tuple[float, float]:
+    """95 % interval from bootstrap values that n things were drawn for: expanded percentiles."""
+    outside = expanded_tail(n)
+    low, high = np.quantile(np.asarray(values, dtype=np.float64), [outside, 1 - outside])
     return float(low), float(high)
 
 
 def bootstrap_groups(
     groups: Sequence[str], figure: Callable[[list[int], np.random.Generator], float], *, n: int, seed: int = 0
 ) -> tuple[float, float] | None:
-    """95 % percentile interval of a figure over members, groups resampled whole.
+    """95 % bootstrap interval of a figure over members, groups resampled whole.
 
     Parts of one task share its data and its network: resampling them one by one would count one piece of evidence
     several times.
@@ -149,7 +151,7 @@ def bootstrap_groups(
     for _ in range(n):
         drawn = generator.integers(0, len(names), len(names)).tolist()
         values.append(figure([index for group in drawn for index in members[group]], generator))
-    return interval(values)
+    return interval(values, len(names))
 
 
 def time_to_target(curve: Sequence[Sequence[Any]], target: float, total_steps: int) -> float:

@@ -29,7 +29,7 @@ __all__ = ["summarize"]
 Floats = npt.NDArray[np.float64]
 
 _N_TASKS = 10_000  # resamples over tasks: cheap
-_N_SEEDS = 1_000  # resamples over tasks and seeds
+_N_SEEDS = 4_000  # resamples over tasks and seeds
 _N_CURVES = 300  # of a part's random search
 GOALS = {"ratio": 1.02, "worst": 1.10, "search_equivalent": 30.0, "time_to_target": 0.6}
 

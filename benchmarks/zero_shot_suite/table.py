@@ -268,7 +268,8 @@ def _notes() -> list[str]:
         "- **Time to target**: share of the budget at which a run first reached the validation loss that tuned cosine "
         "ended with from the same weights and data order; median over runs.",
         "- Other intervals: 95 %, bootstrap over tasks, the parts of one task together; none with fewer than "
-        f"{MIN_GROUPS} tasks.",
+        f"{MIN_GROUPS} tasks. All are expanded percentiles (Hesterberg 2015): the middle 95 % of the draws would be "
+        "too narrow for so few tasks.",
         "- A random search may end below tuned cosine: it keeps the best of its seeds too.",
         f"- A loss that is not finite, or above {DIVERGED:g} times the validation loss at the run's start, counts as "
         "that, for every arm.",

@@ -77,7 +77,14 @@ def test_bootstrap_draws_whole_groups():
         assert drawn.count(0) == drawn.count(2)  # the two of group a together, or not at all
         assert len(drawn) == 5 + drawn.count(0)  # five groups
     assert max(map(len, seen)) > 6 > min(map(len, seen)) == 5
-    assert interval == (5.0, 8.0)
+    assert interval == (5.0, 9.0)
+
+
+def test_bootstrap_of_few_groups_is_as_wide_as_students_t():
+    values = np.random.default_rng(2).standard_normal(8)
+    low, high = figures.bootstrap_groups(list("abcdefgh"), lambda drawn, _: float(values[drawn].mean()), n=20_000)
+    half = 2.365 * values.std(ddof=1) / np.sqrt(8)  # the middle 95 % of the draws: 0.77 of it
+    assert high - low == pytest.approx(2 * half, rel=0.1)
 
 
 def test_bootstrap_of_a_mean_is_as_wide_as_theory_says():

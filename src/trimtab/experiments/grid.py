@@ -34,7 +34,7 @@ import numpy.typing as npt
 from trimtab.experiments.metrics import threshold_crossing
 from trimtab.experiments.plan import choose_rate
 from trimtab.experiments.reading import Arm, Run, StudyFolder
-from trimtab.experiments.stats import LEVEL, MIN_SEEDS, is_finite, summarize
+from trimtab.experiments.stats import MIN_SEEDS, expanded_tail, is_finite, summarize
 
 __all__ = ["DIVERGED", "collect_grid"]
 
@@ -210,17 +210,9 @@ def _interval(losses: Floats, reference: Floats | None) -> list[float] | None:
     sums = np.einsum("br,rs,bs->b", rates, losses, seeds)
     below = np.ones_like(losses) if reference is None else reference
     scale = np.einsum("br,rs,bs->b", rates, below, seeds)
-    outside = _outside(fewest)
+    outside = expanded_tail(fewest)
     low, high = np.quantile(sums / scale, [outside, 1 - outside])
     return [float(low), float(high)]
-
-
-def _outside(n: int) -> float:
-    """Share of the draws on each side of an expanded percentile interval from n values: 0.001 of five, not 0.025."""
-    from scipy import stats
-
-    wide = math.sqrt(n / (n - 1)) * stats.t.ppf(0.5 + LEVEL / 2, n - 1)
-    return float(stats.norm.cdf(-wide))
 
 
 def _median(steps: Sequence[float | None]) -> float | None:
