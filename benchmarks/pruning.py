@@ -25,13 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from trimtab.agents.widths import PRESETS, WidthPolicy
 from trimtab.envs.pruning import N_LEVELS, Problem, PruningEnv
-from trimtab.pruning.allocations import draw
+from trimtab.pruning.allocations import every
 from trimtab.pruning.budget import Budget, Target
 from trimtab.pruning.evaluation import CachedEvaluator
 from trimtab.pruning.network import PrunableNetwork
@@ -100,17 +99,15 @@ def main() -> int:
         "own cut, and evaluation": lambda widths: validation.rate(network.cut(widths)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    generator, shuffle, seen = np.random.default_rng(0), random.Random(0), set[Configuration]()
-    while len(seen) < arguments.rounds:
-        widths = draw(budget, generator)
-        if widths in seen:
-            continue
-        seen.add(widths)
+    shuffle, within = random.Random(0), every(budget)
+    if not 1 <= arguments.rounds <= len(within):
+        parser.error(f"--rounds is {arguments.rounds}; expected 1 to {len(within)}, all the configurations there are")
+    for number, widths in enumerate(shuffle.sample(within, arguments.rounds), start=1):
         for name in shuffle.sample(list(ways), len(ways)):
             started = time.process_time()
             ways[name](widths)
             seconds[name].append(time.process_time() - started)
-        print(f"round {len(seen)} of {arguments.rounds}", end="\r", file=sys.stderr)
+        print(f"round {number} of {arguments.rounds}", end="\r", file=sys.stderr)
 
     fresh = environment()
     policy = WidthPolicy(fresh, PRESETS["ppo-untaught"], seed=0)
