@@ -45,7 +45,8 @@ _WIDTHS = (
 _HISTORY = (
     "Best score on validation so far on {task} against the number of evaluations, one line for each search.",
     "Score on validation before fine-tuning over the evaluations (episodes) of each search: lines are the best so far, "
-    "mean over seeds, dots single evaluations of the agent. The paper's scores are taken after a short retraining.",
+    "mean over seeds, dots single evaluations of the agent. The paper's scores are taken after a short retraining, "
+    "all where the plan has networks trained before they are scored.",
 )
 
 
