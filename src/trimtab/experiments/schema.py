@@ -202,7 +202,8 @@ class StudyFile(Strict):
         total_steps: See above; one number, or a mapping from tasks to numbers (others keep their own).
         restricted: Task -> the arms that it is run with, at their main rate alone, and its number of seeds: for tasks
             that are too dear to be run with all arms.
-        every: Optimizer steps between decisions, or "epoch"; the task's own where it is not given.
+        every: Optimizer steps between decisions, or "epoch", of arms that decide at equal intervals; the task's own
+            where it is not given. The rule `uwhg`, and brains like `default`, bring times of their own.
         reward: Of learned arms; the agent's own where it is not given.
         learn_runs: Whole runs that a learned arm learns from before each run that counts.
         sensitivity_lrs: Other initial rates to run every deciding arm and baseline from.

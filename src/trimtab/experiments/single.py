@@ -203,10 +203,11 @@ def _make_spec(job: Job, task: Task, agent: Agent) -> ControlSpec:
         own = agent.needs.base
         options = dict(own.options) if own.name == job["base"] else {}
         changes["base"] = Base(job["base"], cosine_of(task, options) if job["base"] == "cosine" else options)
-    if job["every"] is not None:
-        changes["timing"] = Timing(every=job["every"])
-    elif agent.needs.timing.every is not None and "every" not in job["options"]:
-        changes["timing"] = Timing(every=task.eval_every)
+    if agent.needs.timing.every is not None:  # others, the rule and most brains, bring their own times
+        if job["every"] is not None:
+            changes["timing"] = Timing(every=job["every"])
+        elif "every" not in job["options"]:
+            changes["timing"] = Timing(every=task.eval_every)
     spec = ControlSpec.for_agent(agent, **changes)
     if brain is not None:
         brain.check_spec(spec)

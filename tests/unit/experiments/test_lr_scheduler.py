@@ -12,6 +12,7 @@ from trimtab.experiments.design import load_study
 from trimtab.experiments.plan import plan_jobs, study_json, tuned_jobs, tuning_jobs
 from trimtab.experiments.reading import read_study
 from trimtab.experiments.results import collect_study
+from trimtab.experiments.single import check_job
 from trimtab.storage import write_json
 
 
@@ -27,6 +28,14 @@ def test_the_report_waits_for_the_runs_that_the_plan_makes(tmp_path):
     assert [row for row in rows if row[1] == "cifar10-vgg16"] == [
         (arm, "cifar10-vgg16", 3) for arm in ("constant", "cosine", "uwhg", "default-brain", "placebo:default-brain")
     ]
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small", "full"])
+def test_every_arm_fits_its_task(scale):
+    jobs = {job.arm: job for job in plan_jobs(load_study("lr-scheduler", scale=scale, tasks=["digits-mlp"]))}
+    assert len(jobs) == {"smoke": 11, "small": 27, "full": 27}[scale]
+    for job in jobs.values():
+        check_job(job.to_json())  # the study is refused as a whole where one does not
 
 
 def test_the_brain_is_refused_on_diabetes_before_anything_is_written(tmp_path):

@@ -225,6 +225,22 @@ def test_a_brain_that_we_ship_is_used_as_it_is_and_taught_on_from_earlier_runs(t
     assert taught["metrics"]["test_loss"] != plain["metrics"]["test_loss"]
 
 
+@pytest.mark.parametrize(
+    "arm",
+    [
+        {"agent": "uwhg", "kind": "rule", "options": {}, "base": None},
+        {"agent": "ppo", "brain": "default", "options": {}, "base": "cosine"},
+    ],
+)
+def test_the_rule_and_the_brain_keep_times_of_their_own(tmp_path, arm):
+    decided = {}
+    for every in (None, 10):
+        run(tmp_path, **arm, every=every, directory=f"runs/{every}")
+        decided[every] = [row["optimizer_step"] for row in rows(tmp_path, "decisions.jsonl", f"runs/{every}")]
+    assert decided[10] == decided[None]
+    assert decided[10][:3] != [10, 20, 30]
+
+
 def test_a_brain_is_refused_on_data_that_it_was_taught_on(tmp_path):
     brain = {"agent": "ppo", "brain": "default", "options": {}, "base": None, "every": None}
     text = "arm 'q_learning' on 'diabetes-mlp': task 'diabetes-mlp' is no test of this brain: it was taught on"
