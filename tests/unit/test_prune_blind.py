@@ -60,6 +60,9 @@ def test_a_blind_search_says_so() -> None:
     assert report.notes[-1].startswith(blind)
     assert report.notes[-1].endswith("give score_after=, a function that trains a cut network for a moment")
 
+    rule = trimtab.prune(cancelling(), INPUTS[:1], **{**given, "agent": "uniform"}).report  # which goes by no score
+    assert (rule.pruned.score, rule.notes) == (0.5, ())
+
     def balance(net: nn.Module) -> None:
         with torch.no_grad():
             net[2].bias[0] = 100.0 * net[0].out_features

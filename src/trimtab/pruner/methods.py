@@ -20,9 +20,10 @@ from trimtab.pruning.parts import Configuration
 from trimtab.pruning.scorer import Scorer
 from trimtab.seeding import torch_generator
 
-__all__ = ["LEARNED", "METHODS", "Proposal", "propose"]
+__all__ = ["BY_SCORE", "LEARNED", "METHODS", "Proposal", "propose"]
 
 LEARNED = ("ppo", "ppo-untaught", "paper")
+BY_SCORE = (*AGENTS, "greedy", "exhaustive")  # methods that choose by scores
 METHODS = (*AGENTS, "uniform", *THRESHOLDS, "random-units", "greedy", "exhaustive")
 
 

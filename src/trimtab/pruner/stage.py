@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trimtab.errors import InputError, TrimtabError
 from trimtab.progress import News
 from trimtab.pruner.choice import Candidate, FineTune, pick, retrained, tuned
-from trimtab.pruner.methods import Proposal, propose
+from trimtab.pruner.methods import BY_SCORE, Proposal, propose
 from trimtab.pruning.budget import Budget, Prunable
 from trimtab.pruning.calibration import has_statistics, recalibrate
 from trimtab.pruning.evaluation import CachedEvaluator
@@ -68,7 +68,7 @@ class Outcome:
         dense: Score of the network that it began with.
         candidates: What it proposed, after fine-tuning, the chosen one first.
         proposal: What it had to do for it.
-        is_blind: Whether the best that it proposed scored no more than a guess: it had nothing to go by.
+        is_blind: Whether it goes by scores, and the best that it proposed scored no more than a guess.
     """
 
     method: str
@@ -134,7 +134,7 @@ def run_method(method: str, given: Given, network: Prunable, budget: Budget, *, 
     ordered = [found[chosen][0], *(candidate for place, (candidate, _) in enumerate(found) if place != chosen)]
     best = max(proposal.scores)
     is_blind = validation is not None and validation.is_guess(best) and not validation.is_guess(scorer.dense)
-    return Outcome(method, found[chosen][1], scorer.dense, tuple(ordered), proposal, is_blind)
+    return Outcome(method, found[chosen][1], scorer.dense, tuple(ordered), proposal, is_blind and method in BY_SCORE)
 
 
 def _scores_on(validation: Validation, network: Prunable) -> Callable[[Configuration], float]:
