@@ -74,7 +74,8 @@ def prune(  # noqa: PLR0913 (each by name, and most of them left as they are)
         fine_tune: Trains a network in place, for a short while; called with copies, in training, with torch's random
             generators lent. None: nothing is fine-tuned.
         score_after: Trains a cut network in place, for a moment, before each of its scores in a search: for networks
-            that only guess when they are cut, between which a search cannot choose. None: scored as they are cut.
+            that only guess when they are cut, between which a search cannot choose. None: scored as they are cut, and
+            by "paper" after `fine_tune`.
         target: What may be left: {"flops": share}, {"params": share} or {"latency": share, "batch_size": n}; None
             halves the FLOPs.
         agent: "ppo", which was taught on many small networks before; "ppo-untaught", which was not; "paper", PPO with
