@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from trimtab.experiments.plot_style import GREY, INK, Style, log_axis, panels, tidy
+from trimtab.experiments.plot_style import GREY, INK, PALE, Style, log_axis, panels, tidy
 from trimtab.experiments.words import interval, number
 
 __all__ = ["draw_differences", "draw_learning", "draw_sensitivity"]
@@ -25,51 +25,84 @@ _GROUPS = {
     "yoked": "each against its yoked twin",
     "user": "against your configuration ({})",
 }
+_MAX_LINES = 8  # more in one panel cannot be told apart: then every arm gets its own
 _FAR = 20.0  # beyond so many times the middle size of a difference a linear axis hides the small ones
 
 
-def draw_sensitivity(rows: Sequence[Mapping[str, Any]], look: Mapping[str, Style], task: str) -> Figure | None:
-    """Final validation loss against initial rate, one line an arm; None where no arm has two rates."""
+def draw_sensitivity(
+    rows: Sequence[Mapping[str, Any]], look: Mapping[str, Style], task: str, tuned: str | None = None
+) -> Figure | None:
+    """Final validation loss against initial rate, one line an arm; None where no arm has two rates.
+
+    Args:
+        rows: The arms' rows of one task.
+        look: Line of every arm.
+        task: Its name.
+        tuned: The tuned schedule: where it has a loss, that is drawn as a level.
+    """
     known = {row["id"]: row["sensitivity"] for row in rows if row["sensitivity"]}
     known = {arm: entry for arm, entry in known.items() if any(loss is not None for loss in entry["final_val_loss"])}
     if not known:
         return None
-    figure, (axis,) = panels(1, scale=1.9)
-    losses = [loss for entry in known.values() for loss in entry["final_val_loss"] if loss is not None]
-    top = max(losses) * 1.25
-    for arm, entry in known.items():
-        style, rates = look[arm], entry["initial_lrs"]
-        pairs = [(rate, loss) for rate, loss in zip(rates, entry["final_val_loss"], strict=True) if loss is not None]
-        axis.plot(
-            *zip(*pairs, strict=True),
-            color=style.color,
-            linestyle=style.dash,
-            linewidth=style.width,
-            marker="o",
-            markersize=4,
-        )
-        lost = [rate for rate, loss in zip(rates, entry["final_val_loss"], strict=True) if loss is None]
-        axis.scatter(lost, [top] * len(lost), marker="x", color=style.color, s=40)
-    log_axis(axis, "x", [rate for entry in known.values() for rate in entry["initial_lrs"]])
-    log_axis(axis, "y", losses)
-    axis.set_xlabel("initial learning rate", fontsize=9)
-    axis.set_ylabel("mean final validation loss", fontsize=9)
-    axis.set_title(task, loc="left", fontsize=10)
-    order = sorted(known, key=lambda arm: -(known[arm]["final_val_loss"][-1] or top))
+    found = [(row["id"], row["metrics"]["final_val_loss"]["mean"]) for row in rows if row["id"] == tuned]
+    levels = {name: level for name, level in found if level is not None}
+    losses = list(levels.values())
+    losses += [loss for entry in known.values() for loss in entry["final_val_loss"] if loss is not None]
+    many = len(known) > _MAX_LINES
+    figure, axes = panels(len(known), columns=4, scale=0.85) if many else panels(1, scale=1.9)
+    shown = [[arm] for arm in known] if many else [list(known)]
+    for axis, arms in zip(axes, shown, strict=True):
+        for level in levels.values():
+            axis.axhline(level, color=INK, linewidth=1.0, zorder=1.5)
+        for arm in (arm for arm in known if arm not in arms):
+            axis.plot(*_pairs(known[arm]), color=PALE, linewidth=1.0, zorder=1)
+        for arm in arms:
+            _sensitivity_line(axis, known[arm], look[arm], max(losses) * 1.25)
+        log_axis(axis, "x", [rate for entry in known.values() for rate in entry["initial_lrs"]])
+        log_axis(axis, "y", losses)
+        axis.set_title(arms[0] if many else task, loc="left", fontsize=9 if many else 10, color=INK)
+    if many:
+        figure.supxlabel(f"initial learning rate, {task}", fontsize=9)
+        figure.supylabel("mean final validation loss", fontsize=9)
+        entries = [("the arm", GREY, 2.0), ("the other arms", PALE, 1.0), *((name, INK, 1.0) for name in levels)]
+        handles = [Line2D([], [], color=color, linewidth=width) for _, color, width in entries]
+        names = [name for name, *_ in entries]
+        figure.legend(handles, names, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+        return figure
+    axes[0].set_xlabel("initial learning rate", fontsize=9)
+    axes[0].set_ylabel("mean final validation loss", fontsize=9)
+    order = sorted(known, key=lambda arm: -(known[arm]["final_val_loss"][-1] or max(losses) * 1.25))
     handles = [
-        Line2D(
-            [],
-            [],
-            color=look[a].color,
-            linestyle=look[a].dash,
-            linewidth=look[a].width,
-            marker="o",
-            markersize=4,
-        )
-        for a in order
+        Line2D([], [], color=s.color, linestyle=s.dash, linewidth=s.width, marker="o", markersize=4)
+        for s in (look[arm] for arm in order)
     ]
-    figure.legend(handles, order, loc="outside right upper", frameon=False, fontsize=9)
+    handles += [Line2D([], [], color=INK, linewidth=1.0) for _ in levels]
+    figure.legend(handles, [*order, *levels], loc="outside right upper", frameon=False, fontsize=9)
     return figure
+
+
+def _pairs(entry: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Rates that have a loss, and the losses."""
+    both = zip(entry["initial_lrs"], entry["final_val_loss"], strict=True)
+    kept = [(rate, loss) for rate, loss in both if loss is not None]
+    return [rate for rate, _ in kept], [loss for _, loss in kept]
+
+
+def _sensitivity_line(axis: Axes, entry: Mapping[str, Any], style: Style, top: float) -> None:
+    """One arm; a cross at the top where no run from a rate ended finite."""
+    rates, losses = _pairs(entry)
+    axis.plot(
+        rates,
+        losses,
+        color=style.color,
+        linestyle=style.dash,
+        linewidth=style.width,
+        marker="o",
+        markersize=4,
+        zorder=3,
+    )
+    lost = [rate for rate in entry["initial_lrs"] if rate not in rates]
+    axis.scatter(lost, [top] * len(lost), marker="x", color=style.color, s=40, zorder=3)
 
 
 def draw_learning(rows: Sequence[Mapping[str, Any]], look: Mapping[str, Style], task: str) -> Figure | None:

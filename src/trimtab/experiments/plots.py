@@ -54,7 +54,7 @@ def write_all(study: StudyFolder, results: Mapping[str, Any], folder: Path) -> l
         rows = [row for row in results["arms"] if row["task"] == task]
         for kind, figure, alt, caption in (
             ("differences", draw_differences(rows, look, task), *_DIFFERENCES),
-            ("sensitivity", draw_sensitivity(rows, look, task), *_SENSITIVITY),
+            ("sensitivity", draw_sensitivity(rows, look, task, study.tuned_arm), *_SENSITIVITY),
             ("learning", draw_learning(rows, look, task), *_LEARNING),
             ("knob", _knobs(study, task, look), *_KNOBS),
             ("reward", _rewards(study, task, look), *_REWARDS),
@@ -76,7 +76,7 @@ _SENSITIVITY = (
     "Final validation loss on {task} against the initial learning rate, one line for each arm; the numbers are in "
     "the table of sensitivity.",
     "Mean final validation loss against the initial rate. A flat line is an arm that does not depend on it. A cross "
-    "at the upper edge: no run from there ended finite.",
+    "at the upper edge: no run from there ended finite. The level, where there is one, is the tuned schedule's.",
 )
 _LEARNING = (
     "Test loss on {task} against the number of runs that an arm had learned from before, one line for arms that differ "

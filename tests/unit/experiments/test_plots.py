@@ -10,8 +10,8 @@ from synthetic import Synthetic, change, write_lines
 
 from trimtab.experiments import plots
 from trimtab.experiments.plot_arms import draw_differences, draw_learning, draw_sensitivity
-from trimtab.experiments.plot_style import INK, slug, styles
-from trimtab.experiments.reading import read_study
+from trimtab.experiments.plot_style import INK, PALE, slug, styles
+from trimtab.experiments.reading import Arm, read_study
 from trimtab.experiments.results import collect_study
 
 
@@ -115,6 +115,28 @@ def test_sensitivity_marks_rates_without_a_finite_loss():
     (axis,) = figure.axes
     assert axis.collections[0].get_offsets().tolist() == [[0.1, 0.5 * 1.25]]
     assert draw_sensitivity(rows[1:], look, "t") is None
+
+
+@pytest.mark.parametrize(("count", "panels"), [(8, 1), (9, 9)])
+def test_each_of_many_arms_gets_its_own_panel_of_sensitivity(count, panels):
+    names = [*(f"arm-{index}" for index in range(count)), "tuned"]
+    *arms, tuned = [Arm(name, "cosine", "baseline", None, "cosine", {}, {"t": 0.001}) for name in names]
+    look = styles([*arms, tuned], "tuned")
+    rows = [
+        {"id": arm.id, "sensitivity": {"initial_lrs": [0.001, 0.1], "final_val_loss": [0.5 + index, 2.0]}}
+        for index, arm in enumerate(arms)
+    ]
+    rows.append({"id": "tuned", "sensitivity": None, "metrics": {"final_val_loss": {"mean": 0.25}}})
+    figure = draw_sensitivity(rows, look, "t", "tuned")
+    assert len([axis for axis in figure.axes if axis.get_visible()]) == panels
+    for index, axis in enumerate(figure.axes[:panels]):
+        level, *lines = axis.get_lines()
+        assert set(level.get_ydata()) == {0.25}
+        own = [line for line in lines if line.get_color() != PALE]
+        mine = rows[:count] if panels == 1 else [rows[index]]
+        assert [line.get_ydata()[0] for line in own] == [row["sensitivity"]["final_val_loss"][0] for row in mine]
+        assert len(lines) - len(own) == (0 if panels == 1 else count - 1)
+    assert figure.legends[0].get_texts()[-1].get_text() == "tuned"
 
 
 @pytest.mark.parametrize("value", [None, 0.0, -1.0, 1e38, 1e300])
