@@ -206,16 +206,23 @@ def _results(task: str, results: Mapping[str, Any], pictures: list[Plot]) -> lis
     for plot in pictures:
         by_kind.setdefault(plot.kind, []).append(Image(plot.path, plot.alt, plot.caption))
     outcome, *others = result_tables(rows, results["thresholds"][task])
+    entries = [entry for entry in results["grid"] if entry["task"] == task]
+    by_rate: list[Block] = [*grid_tables(entries, rows, results["tuned_arm"])]
+    sensitivity = by_kind.get("sensitivity", [])
+    # A study that is run from a grid of rates is made for what those tables say: they come first.
+    first, last = ([*by_rate, *sensitivity], []) if by_rate else ([], sensitivity)
     blocks += [
+        *first,
         outcome,
         *by_kind.get("loss", []),
         *by_kind.get("differences", []),
         *by_kind.get("learning", []),
         *others,
+        *last,
+        *by_kind.get("knob", []),
+        *by_kind.get("reward", []),
     ]
-    entries = [entry for entry in results["grid"] if entry["task"] == task]
-    blocks += grid_tables(entries, rows, results["tuned_arm"])
-    return [*blocks, *by_kind.get("sensitivity", []), *by_kind.get("knob", []), *by_kind.get("reward", [])]
+    return blocks
 
 
 def _notes(study: StudyFolder, results: Mapping[str, Any]) -> list[Block]:

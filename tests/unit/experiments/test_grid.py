@@ -245,6 +245,7 @@ def test_the_report_has_the_price_beside_every_tuned_number(tmp_path):
     lines = text.splitlines()
     one = lines.index(next(line for line in lines if "What one run gives" in line))
     assert "each as likely" in lines[one]
+    assert one < lines.index(next(line for line in lines if "Outcome, by mean test loss" in line))
     rows = [line for line in lines if line.startswith("| q |") and "16 runs to learn from" in line]
     assert len(rows) == 1
     assert "8 runs, and 16 runs to learn from" in rows[0]
