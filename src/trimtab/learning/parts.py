@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from trimtab import registry
@@ -25,6 +26,7 @@ from trimtab.tasks.families import FAMILIES
 __all__ = [
     "bounded_agent",
     "check_recipe",
+    "episodes_of",
     "learner_seed",
     "make_envs",
     "make_spec",
@@ -84,15 +86,24 @@ def learner_seed(root_seed: int, index: int) -> int:
 
 
 def make_envs(recipe: Recipe, spec: ControlSpec) -> WatchedEnv:
-    """The environment that a learner of the recipe acts in."""
-    return WatchedEnv(recipe.num_envs, spec=spec, **recipe.tasks.model_dump())
+    """The environment that a learner of the recipe acts in; `episodes_of` says from what it draws in an iteration."""
+    return WatchedEnv(recipe.num_envs, spec=spec, **recipe.tasks.model_dump(exclude={"curriculum"}))
+
+
+def episodes_of(recipe: Recipe, iteration: int) -> EpisodeOptions:
+    """What the episodes of an iteration, counted from 0, are drawn from."""
+    options = EpisodeOptions(**recipe.tasks.model_dump(exclude={"curriculum"}))
+    first = recipe.tasks.curriculum
+    if first is None or iteration >= round(first.share * recipe.iterations):
+        return options
+    return replace(options, horizon=first.horizon)
 
 
 def validation_options(recipe: Recipe) -> EpisodeOptions:
     """What validation episodes are drawn from: as in training, with the families that are validated on."""
     part = recipe.validate_on
     families = tuple(dict.fromkeys((*recipe.choosing_families, *part.held_out)))
-    return EpisodeOptions(**{**recipe.tasks.model_dump(), "families": families, "runs_per_task": part.runs_per_task})
+    return replace(episodes_of(recipe, recipe.iterations), families=families, runs_per_task=part.runs_per_task)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -117,6 +128,7 @@ def check_recipe(recipe: Recipe) -> None:
             )
     spec = make_spec(recipe)
     make_envs(recipe, spec)
+    episodes_of(recipe, 0)
     validation_options(recipe)
     learner = new_learner(recipe, 0)
     if recipe.learner == "evolution":

@@ -58,8 +58,24 @@ class SpecPart(Strict):
     penalty: _Number = 0.0
 
 
+class CurriculumPart(Strict):
+    """What learning begins with; all else is as in the episodes after it.
+
+    Attributes:
+        share: Of the recipe's iterations, the first ones.
+        horizon: Their least and largest budget in optimizer steps.
+    """
+
+    share: _Share
+    horizon: tuple[Count, Count]
+
+
 class TasksPart(Strict):
-    """What episodes are drawn from; see `EpisodeOptions`, whose defaults these are."""
+    """What episodes are drawn from; see `EpisodeOptions`, whose defaults these are.
+
+    Attributes:
+        curriculum: Other horizons in the first iterations, which short ones make cheap; None for none.
+    """
 
     families: _Families
     runs_per_task: Count = 16
@@ -69,6 +85,7 @@ class TasksPart(Strict):
     initial_lr: tuple[Positive, Positive] = (1e-5, 1e-1)
     no_validation: _Share = 0.25
     some_validation: _Share = 0.25
+    curriculum: CurriculumPart | None = None
 
 
 class ValidatePart(Strict):
@@ -137,8 +154,9 @@ class Recipe(Strict):
         for key in ("knobs", "knob_options"):
             if key not in self.spec.model_fields_set:
                 del data["spec"][key]
-        if "train_rows" not in self.tasks.model_fields_set:
-            del data["tasks"]["train_rows"]
+        for key in ("train_rows", "curriculum"):
+            if key not in self.tasks.model_fields_set:
+                del data["tasks"][key]
         return data
 
     @property

@@ -23,7 +23,15 @@ from trimtab.agents.base import Agent
 from trimtab.agents.policy import PolicyAgent
 from trimtab.brain import Brain
 from trimtab.errors import InputError
-from trimtab.learning.parts import bounded_agent, learner_seed, make_envs, make_spec, new_learner, validation_options
+from trimtab.learning.parts import (
+    bounded_agent,
+    episodes_of,
+    learner_seed,
+    make_envs,
+    make_spec,
+    new_learner,
+    validation_options,
+)
 from trimtab.learning.recipe import Recipe
 from trimtab.learning.validation import Episodes, overall, plan_episodes, play_rival, validate
 from trimtab.learning.watching import joined_ranges
@@ -227,6 +235,7 @@ class _Lesson:
     def _iterate(self) -> dict[str, Any]:
         """One iteration, as a line of the curve."""
         begun = _clocks()
+        self._envs.options = episodes_of(self._recipe, self._learner.iteration)
         numbers = self._learner.iterate(self._envs)
         steps = int(self._envs.total_steps.sum())
         self._cost["optimizer_steps"] += steps

@@ -74,6 +74,14 @@ def test_what_lies_in_the_folder(made):
     assert set(rows[0]["families"]) == {"quadratic"}
 
 
+def test_a_curriculum_is_taught_first(tmp_path):
+    path = write(tmp_path, tasks={"curriculum": {"share": 0.7, "horizon": [90, 90]}}, seeds=1)
+    rows = read_lines(learn(path, tmp_path / "out", workers=0).out / "seed-0" / "curve.jsonl")
+    steps = [row["optimizer_steps"] for row in rows if "validation" not in row]
+    assert steps[:2] == [4 * 90, 4 * 90]
+    assert 4 * 50 <= steps[2] <= 4 * 60
+
+
 def test_the_brain_says_where_it_comes_from_and_acts(made):
     brain = Brain.load(made / "brain")
     story = brain.provenance

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import replace
 
 import pytest
 from tiny_recipe import TINY, write
@@ -11,7 +13,7 @@ from trimtab import cli
 from trimtab.agents.features import SIGNALS
 from trimtab.errors import InputError
 from trimtab.learning.learn import learn
-from trimtab.learning.parts import check_recipe, learner_seed, make_spec, new_learner, validation_options
+from trimtab.learning.parts import check_recipe, episodes_of, learner_seed, make_spec, new_learner, validation_options
 from trimtab.learning.recipe import Recipe, load_recipe, recipe_names
 
 BAD = {
@@ -197,6 +199,32 @@ def test_several_knobs_bring_masks_and_what_says_where_they_stand(tmp_path):
     assert not make_spec(plain).masks
     assert "knobs" not in plain.to_json()["spec"]  # as it was written before there were several
     assert "train_rows" not in plain.to_json()["tasks"]
+
+
+def test_a_curriculum_changes_the_horizon_of_the_first_iterations_alone(tmp_path):
+    tasks = {"curriculum": {"share": 0.7, "horizon": [60, 70]}}  # of 3 iterations
+    recipe = load_recipe(write(tmp_path, tasks=tasks))
+    assert [episodes_of(recipe, iteration).horizon for iteration in range(4)] == [(60, 70)] * 2 + [(50, 52)] * 2
+    assert replace(episodes_of(recipe, 0), horizon=(50, 52)) == episodes_of(recipe, 2)
+    assert validation_options(recipe).horizon == (50, 52)
+    assert Recipe.model_validate(recipe.to_json()) == recipe
+    plain = load_recipe(write(tmp_path))
+    assert episodes_of(plain, 0) == episodes_of(plain, 2)
+    assert "curriculum" not in plain.to_json()["tasks"]
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "text"),
+    [
+        ({"share": 1.5, "horizon": [50, 60]}, "tasks.curriculum.share: got 1.5, expected a share in [0, 1]"),
+        ({"share": 0.5, "horizon": [60, 50]}, "horizon is (60, 50); expected two numbers in order"),
+        ({"share": 0.5}, "tasks.curriculum"),
+        ({"iterations": 2, "horizon": [50, 60]}, "unknown key in tasks.curriculum"),
+    ],
+)
+def test_a_curriculum_that_cannot_be(tmp_path, curriculum, text):
+    with pytest.raises(InputError, match=re.escape(text)):
+        check_recipe(load_recipe(write(tmp_path, tasks={"curriculum": curriculum})))
 
 
 def test_the_residual_brings_its_own_early_decisions():
