@@ -341,7 +341,8 @@ class Controller:
             if verdict.kind == "roll_back":
                 self._restore()
                 self._probe.forget()
-                state.summary = before._replace(initial_val_loss=state.summary.initial_val_loss)
+                # A first validation loss goes, too: later ones are not to be compared with that of ruined weights.
+                state.summary = before
                 self._is_first = True
             elif self._guard is not None and self._hand.can_reshape:
                 self._keep_snapshot()  # now: from a network that turns out badly the way leads back to this one

@@ -137,7 +137,9 @@ class Guard:
 
     An interval is bad when its loss or a weight is not finite, or the watched loss is above `above_initial` x the
     initial one, or above `above_best` x the best and 1.5 x the initial one. The watched loss is the validation loss
-    where it was measured in this interval and before; else, and beside a first one, the train loss.
+    where it was measured in this interval and before; else, and beside a first one, the train loss. Until an interval
+    was good, the train loss is watched as well: units that a first step at too high a rate kills show in the loss of
+    the second step, while the validation loss may be back at that of guessing by the end of the interval.
 
     An interval is bad as well when what was learned is lost: validation loss and train loss are both above `above_best`
     x their best and half of their initial one. A classifier whose units have died ends there, at the loss of guessing,
@@ -171,6 +173,7 @@ class Guard:
         self.in_a_row = 0
         self.total = 0
         self.has_gone_back = False
+        self.has_begun = False  # an interval was good
 
     def judge(self, state: RunState, *, weights_are_finite: bool, losses: Sequence[float] = ()) -> Verdict:
         """Judge the interval that just ended; a bad one is counted.
@@ -183,6 +186,7 @@ class Guard:
         reason = self._fault(state, weights_are_finite, losses)
         if not reason:
             self.in_a_row = 0
+            self.has_begun = True
             return GOOD
         self.in_a_row += 1
         self.total += 1
@@ -206,7 +210,7 @@ class Guard:
         fault = ""
         if is_validated:
             fault = self._excess("validation loss", val, first_val, _number(summary.best_val_loss))
-        if not fault and (not is_validated or val == first_val):
+        if not fault and (not is_validated or val == first_val or not self.has_begun):
             # No validation in this interval, or the very first, which is no measure of what was there before.
             fault = self._excess("train loss", now, first, lowest)
             if fault:
@@ -237,18 +241,21 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Its counts."""
-        return {"in_a_row": self.in_a_row, "total": self.total, "has_gone_back": self.has_gone_back}
+        names = ("in_a_row", "total", "has_gone_back", "has_begun")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.in_a_row = state["in_a_row"]
         self.total = state["total"]
         self.has_gone_back = state.get("has_gone_back", False)  # not in checkpoints of before there was such a rule
+        self.has_begun = state.get("has_begun", True)  # nor this
 
     def count_good(self) -> None:
         """An interval that needed no judging, since nothing can be wrong with it."""
         self.in_a_row = 0
         self.has_gone_back = False
+        self.has_begun = True
 
 
 def _margin(losses: Sequence[float]) -> float:

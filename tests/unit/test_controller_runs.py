@@ -48,6 +48,27 @@ def test_a_rate_of_a_million_is_rolled_back(optimizer: str) -> None:
     assert toy.val_loss() < math.log(3)
 
 
+@pytest.mark.parametrize("before_training", [2.0, None])
+def test_a_first_validation_loss_goes_with_the_interval_that_is_undone(before_training: float | None) -> None:
+    toy = Toy("adam", 0.01)
+    controller = Controller("constant", optimizer=toy.optimizer, total_steps=40, every=10)
+    if before_training is not None:
+        controller.report(val_loss=before_training)
+    losses = [1.0, *[1000.0] * 9, *[1.0] * 10]
+    known = []
+    for t, loss in enumerate(losses):
+        if t in (5, 15):
+            controller.report(val_loss={5: 900.0, 15: 1.2}[t])
+        controller.step(loss)
+        known.append(controller.state.summary.initial_val_loss)
+    assert controller.n_rollbacks == 1
+    if before_training is None:
+        assert math.isnan(known[9])
+        assert known[19] == 1.2
+    else:
+        assert known[9] == known[19] == 2.0
+
+
 @pytest.mark.parametrize("reports_validation", [False, True])
 def test_a_rate_of_a_million_written_by_the_knob_itself_is_rolled_back(reports_validation: bool) -> None:
     toy = Toy()

@@ -163,7 +163,23 @@ def test_the_guard_gives_up_after_so_many_in_a_row() -> None:
     assert (guard.in_a_row, guard.total) == (3, 5)
     other = Guard(max_rollbacks=2)
     other.load_state_dict(guard.state_dict())
-    assert other.state_dict() == {"in_a_row": 3, "total": 5, "has_gone_back": False}
+    assert other.state_dict() == {"in_a_row": 3, "total": 5, "has_gone_back": False, "has_begun": True}
+
+
+def test_until_an_interval_was_good_the_train_loss_counts_beside_the_validation_loss() -> None:
+    """Reported before the first step, the validation loss rises little where the first steps kill a network's units."""
+    state = RunState(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    state.initial_loss = 2.3
+    state.note_val_loss(2.3)
+    guard, reasons = Guard(), []
+    for train_loss in (6.0, 4.7, 4.5, 6.0):
+        before = state.summary
+        state.record(val(2.8, train_loss))
+        reasons.append(guard.judge(state, weights_are_finite=True).reason)
+        if reasons[-1]:
+            state.summary = before
+    faults = [f"the train loss {loss:g} is above 2 x its initial 2.3" for loss in (6.0, 4.7)]
+    assert reasons == [*faults, "", ""]
 
 
 def test_what_was_lost_is_gone_back_to_once() -> None:
@@ -183,6 +199,7 @@ def test_what_was_lost_is_gone_back_to_once() -> None:
     assert other.has_gone_back
     other.load_state_dict({"in_a_row": 0, "total": 1})  # of a checkpoint of before
     assert not other.has_gone_back
+    assert other.has_begun
 
 
 # ---- snapshot -------------------------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ class _Runs:
         main = [np.full(len(b.tasks), float(self._timing.main_interval(b.total_steps))) for b in batches]
         state.main_interval = self._spread(main)
         self._guards = [Guard(env._safety.cut, env._safety.max_rollbacks) for _ in range(n_runs)]
-        self._suspects: set[int] = set()  # runs that a guard was asked about at the last decision
+        self._suspects = set(range(n_runs))  # runs of which a guard knows no good interval, or was asked at the last
         self._is_lost = np.zeros(n_runs, dtype=np.bool_)  # given up: the rate is 0 from then on
         self._is_fresh = np.ones(n_runs, dtype=np.bool_)  # the coming interval begins on good weights
         self._is_cut = np.zeros(n_runs, dtype=np.bool_)
@@ -475,9 +475,9 @@ class _Runs:
         for places, training, snapshot in zip(self._places, self._trainings, snapshots, strict=True):
             training.restore(snapshot, torch.from_numpy(bad[places]).to(training.parameters.device))
         now = self.state.summary
-        # Under a controller a validation loss counts when it is reported, before its interval is judged.
+        # Under a controller the best validation loss counts when it is reported, before its interval is judged.
         best = np.where(np.isfinite(now.best_val_loss), now.best_val_loss, before.best_val_loss)
-        kept = before._replace(initial_val_loss=now.initial_val_loss, best_val_loss=best)
+        kept = before._replace(best_val_loss=best)
         self.state.summary = _either(bad, kept, now)
         self._is_fresh |= bad
         rate = self._settings[:, self._rate]

@@ -195,6 +195,19 @@ def test_a_rate_that_is_far_too_high_is_rolled_back_and_divided() -> None:
     assert np.isfinite(final[4]["score_loss"]).all()
 
 
+def test_a_first_interval_that_is_undone_leaves_no_validation_loss_and_a_guard_that_has_not_begun() -> None:
+    env = make(16, ("mlp",), initial_lr=(1e-3, 1e3), no_validation=0.0, some_validation=0.0)
+    _, infos = env.reset(seed=1)
+    bad = infos["rolled_back"]
+    assert 0 < bad.sum() < 16
+    runs = env._runs
+    assert runs is not None
+    assert np.array_equal(np.isnan(runs.state.summary.initial_val_loss), bad)
+    assert [guard.has_begun for guard in runs._guards] == (~bad).tolist()
+    *_, infos = env.step(np.full((16, 1), 0.0))
+    assert np.isfinite(runs.state.summary.initial_val_loss[bad & ~infos["rolled_back"]]).all()
+
+
 def test_validation_is_not_reported_by_those_that_have_none() -> None:
     env = make(64, ("quadratic",), no_validation=0.5, some_validation=0.25)
     env.reset(seed=0)
