@@ -14,9 +14,8 @@ return of `full` against what was trained, with the interval over its learners a
 The same command goes on where it was stopped: variants that are complete are not learned again, and the table is
 written anew after each. --hold-out takes families from training and the choice, of every variant.
 
-Budget, extrapolated: an iteration of `default` took 5.9 to 7.0 CPU seconds and a validation 21 to 25 (four learners of
-134 to 200 iterations, on a busy machine). Five learners of 200 iterations are then about 2 CPU hours a variant and 29
-for all 14, half as many hours with two workers on two free cores; `--iterations 60 --num-envs 128` is about a fifth.
+Budget, extrapolated from the five learners of `default` (50 iterations each, 1.4 CPU hours in all): as much a variant and
+19 CPU hours for all 14, half as many with two workers on two free cores.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def test_lists_of_arms_studies_recipes_and_brains(capsys):
         "pruning",
         "transformer-lr",
     ]
-    recipes = ["default", "default-open", "few-rows", "residual", "several-knobs", "smoke", "pruning"]
+    recipes = ["default", "default-open", "few-rows", "quick", "residual", "several-knobs", "smoke", "pruning"]
     assert re.findall(r"^(\S+)  ", invoke(capsys, "list", "recipes")[1], re.M) == recipes
     brains = re.findall(r"^(\S+) +(.*)$", invoke(capsys, "list", "brains")[1], re.M)
     assert dict(brains)["default-open"] == (

@@ -114,13 +114,13 @@ def test_agents_of_evolution_cannot_be_joined_and_its_runs_come_in_populations(t
     [
         (
             "defualt",
-            "unknown recipe 'defualt'; did you mean 'default'? known: default, default-open, few-rows, residual, "
-            "several-knobs, smoke",
+            "unknown recipe 'defualt'; did you mean 'default'? known: default, default-open, few-rows, quick, "
+            "residual, several-knobs, smoke",
         ),
         (
             "nowhere.yaml",
             "there is no recipe file nowhere.yaml; give a file that is there, or one of: default, default-open, "
-            "few-rows, residual, several-knobs, smoke",
+            "few-rows, quick, residual, several-knobs, smoke",
         ),
     ],
 )
@@ -138,7 +138,8 @@ def test_an_empty_file_is_called_a_recipe(tmp_path):
 
 
 def test_our_recipes_are_good():
-    assert list(recipe_names()) == ["default", "default-open", "few-rows", "residual", "several-knobs", "smoke"]
+    names = ["default", "default-open", "few-rows", "quick", "residual", "several-knobs", "smoke"]
+    assert list(recipe_names()) == names
     for name in recipe_names():
         recipe = load_recipe(name)
         assert recipe.recipe == name
