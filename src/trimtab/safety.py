@@ -211,7 +211,8 @@ class Guard:
         if is_validated:
             fault = self._excess("validation loss", val, first_val, _number(summary.best_val_loss))
         if not fault and (not is_validated or val == first_val or not self.has_begun):
-            # No validation in this interval, or the very first, which is no measure of what was there before.
+            # No validation in this interval, or the very first, which is no measure of what was there before; or no
+            # good interval yet, when the validation loss alone may hide what the first steps have ruined.
             fault = self._excess("train loss", now, first, lowest)
             if fault:
                 fault = self._excess("train loss", now, first, lowest, _margin(losses))
