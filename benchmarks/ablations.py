@@ -14,8 +14,8 @@ return of `full` against what was trained, with the interval over its learners a
 The same command goes on where it was stopped: variants that are complete are not learned again, and the table is
 written anew after each. --hold-out takes families from training and the choice, of every variant.
 
-Budget, extrapolated from the five learners of `default` (50 iterations each, 1.4 CPU hours in all): as much a variant and
-19 CPU hours for all 14, half as many with two workers on two free cores.
+Budget, extrapolated from the five learners of `default` (50 iterations each, 1.4 CPU hours in all): as much a variant,
+and 19 CPU hours for all 14, half as many with two workers on two free cores.
 """
 
 from __future__ import annotations
