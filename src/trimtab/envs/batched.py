@@ -249,7 +249,7 @@ class _Runs:
         main = [np.full(len(b.tasks), float(self._timing.main_interval(b.total_steps))) for b in batches]
         state.main_interval = self._spread(main)
         self._guards = [Guard(env._safety.cut, env._safety.max_rollbacks) for _ in range(n_runs)]
-        self._suspects = set(range(n_runs))  # runs of which a guard knows no good interval, or was asked at the last
+        self._suspects = set(range(n_runs))  # runs without a good interval yet, or asked about at the last decision
         self._is_lost = np.zeros(n_runs, dtype=np.bool_)  # given up: the rate is 0 from then on
         self._is_fresh = np.ones(n_runs, dtype=np.bool_)  # the coming interval begins on good weights
         self._is_cut = np.zeros(n_runs, dtype=np.bool_)
