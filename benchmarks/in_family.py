@@ -1,11 +1,16 @@
 """Learned controllers on fresh tasks of the families they were taught on, against a cosine tuned to each task.
 
-    python benchmarks/in_family.py [--family NAME ...] [--tasks N] [--brain NAME=FOLDER ...] [--out DIR]
+    python benchmarks/in_family.py [--family NAME ...] [--tasks N] [--train-rows LOW HIGH] [--brain NAME=FOLDER ...]
+                                   [--out DIR]
     python benchmarks/in_family.py --table     the table again, of what is kept
 
 A brain may do well here because it was taught on such tasks: this table is no evidence for others, and stands apart
 from that of benchmarks/zero_shot.py for this reason. What it shows is where taught controllers fall short of a tuned
 schedule at home. Tasks are drawn from a seed of their own; no learner was taught, watched or chosen on them.
+
+Beside the brains stand arms that no user has: `told after 1 %` (and 6 %) begins at the drawn rate as they do, is then
+told the rate of the tuned cosine, and follows that cosine to the end. What it loses is lost by the beginning alone,
+and a brain below it has more than found the rate.
 
 Of each task: a cosine at each of 16 rates with the choosing seeds, and at the rate of the least mean validation loss
 with the report seeds; the arms, once for each report seed, from rates spread evenly over the logarithm of 1e-5..1e-1,
@@ -32,10 +37,11 @@ from zero_shot_suite.arms import identity
 from zero_shot_suite.figures import geometric_mean
 from zero_shot_suite.parts import rate_grid
 
-from trimtab.agents.base import Agent, Timing
+from trimtab.agents.base import Agent, Base, Timing
 from trimtab.brain import Brain
 from trimtab.envs.batched import TrainingVectorEnv
 from trimtab.envs.episodes import MAX_RUNS, Batch, EpisodeOptions, draw_episode
+from trimtab.errors import InputError
 from trimtab.learning.validation import play_to_end
 from trimtab.seeding import derive_seed, numpy_generator
 from trimtab.spec import ControlSpec, make_agent
@@ -43,21 +49,25 @@ from trimtab.storage import append_lines, atomic_write, read_lines
 from trimtab.training.batched import BatchedTraining
 
 ROOT_SEED = 20_261_121
+FAMILIES = ("mlp", "image_mlp", "wide_mlp", "quadratic", "cnn")  # those that the default brain was taught on
 RATES = 16
 LOWEST = 1e-3  # as where learners are validated: a ratio of two losses of nothing says nothing
 SEEDS = 8  # to choose, and as many others to report
 TUNED = {"sgd": (-4.0, 0.0), "adam": (-4.5, -0.5), "adamw": (-4.5, -0.5)}  # log10, as in benchmarks/zero_shot.py
 DRAWN = (1e-5, 1e-1)
+# Where the first and the sixth decision of the default brain fall.
+TOLD = {"told after 1 %": Timing(None, 20, 6), "told after 6 %": Timing(None, 20, 1, 0.06)}
 DEFAULT_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3}
 HORIZONS = {"50 to 170 steps": (0, 170), "171 to 590": (171, 590), "591 to 2000": (591, 10**9)}
+Rows = tuple[int, int] | None  # least and most rows that a task trains on; None: as its family draws them
 # Budgets in which the agents that we have decide equally often whatever run they are in.
 TIMINGS = (Timing(None, 20, 6), Timing(None, 20, 7))
 
 
-def draw_run(family: str, index: int) -> Batch:
+def draw_run(family: str, index: int, train_rows: Rows = None) -> Batch:
     """Task `index` of a family with a budget, as a batch of one run."""
     seed = derive_seed(ROOT_SEED, family, index, "task in family")
-    options = EpisodeOptions(families=(family,), runs_per_task=1, max_cnn_horizon=400)
+    options = EpisodeOptions(families=(family,), runs_per_task=1, max_cnn_horizon=400, train_rows=train_rows)
     (batch,) = draw_episode(options, 1, TIMINGS[0], seed, TIMINGS[1:])
     return batch
 
@@ -104,9 +114,9 @@ def limited(losses: np.ndarray, limit: float) -> np.ndarray:
     return np.clip(np.where(np.isfinite(losses), losses, limit), LOWEST, limit)
 
 
-def reference(family: str, index: int) -> dict[str, Any]:
+def reference(family: str, index: int, train_rows: Rows = None) -> dict[str, Any]:
     """What tuned cosine reaches on a task, and what cosine does at the drawn rates and at the optimizer's default."""
-    batch = draw_run(family, index)
+    batch = draw_run(family, index, train_rows)
     task = batch.tasks[0]
     grid = rate_grid(TUNED[task.optimizer], RATES)
     choosing, reporting = seeds_of(family, index, "choose"), seeds_of(family, index, "report")
@@ -122,9 +132,16 @@ def reference(family: str, index: int) -> dict[str, Any]:
     return {"family": family, "index": index, "arm": "reference", "what": "", "limit": limit, **facts, "losses": losses}
 
 
-def play_arm(family: str, index: int, agent: Agent, spec: ControlSpec) -> np.ndarray:
+def told(rate: float, timing: Timing) -> tuple[Agent, ControlSpec]:
+    """A cosine that is set to a rate at the first decision, and at the next one again where the guard had moved it."""
+    agent = make_agent("replay", {"settings": [[rate]], "timing": timing, "base": Base("cosine")})
+    # It looks at nothing, but an observation without columns would not say how many runs there are.
+    return agent, ControlSpec.for_agent(agent, signals=("progress",))
+
+
+def play_arm(family: str, index: int, agent: Agent, spec: ControlSpec, train_rows: Rows = None) -> np.ndarray:
     """Final losses of an arm, one for each report seed."""
-    batch = many(draw_run(family, index), drawn_rates(family, index), seeds_of(family, index, "report"))
+    batch = many(draw_run(family, index, train_rows), drawn_rates(family, index), seeds_of(family, index, "report"))
     envs = TrainingVectorEnv(SEEDS, (family,), spec=spec)
     return np.asarray(play_to_end(agent, envs, *envs.begin([batch]))["loss"])
 
@@ -140,24 +157,35 @@ def load_arms(brains: Sequence[str]) -> dict[str, tuple[str, Agent, ControlSpec]
     return arms
 
 
-def run(families: Sequence[str], n_tasks: int, brains: Sequence[str], out: Path, console: Console) -> None:
+def run(
+    families: Sequence[str], n_tasks: int, brains: Sequence[str], train_rows: Rows, out: Path, console: Console
+) -> None:
     """Compute what is missing."""
     path = out / "rows.jsonl"
     arms = load_arms(brains)
     rows = [row for row in read_lines(path) if row["arm"] not in arms or row["what"] == arms[row["arm"]][0]]
+    asked = list(train_rows) if train_rows else None
+    if any(row["train_rows"] != asked for row in rows):
+        raise InputError(f"{path} is of tasks with train_rows {rows[0]['train_rows']}, not {asked}; take another --out")
     atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))  # less what was another brain
-    done = {(row["family"], row["index"], row["arm"], row["what"]) for row in rows}
+    best = {(row["family"], row["index"]): row["rate"] for row in rows if row["arm"] == "reference"}
+    done = {(row["family"], row["index"], row["arm"]) for row in rows}
     with Progress(console=console) as progress:
         bar = progress.add_task("tasks", total=len(families) * n_tasks)
         for family in families:
             for index in range(n_tasks):
                 progress.update(bar, description=f"{family} {index}")
-                if (family, index, "reference", "") not in done:
-                    append_lines(path, [reference(family, index)])
-                for name, (what, agent, spec) in arms.items():
-                    if (family, index, name, what) not in done:
-                        row = {"family": family, "index": index, "arm": name, "what": what}
-                        append_lines(path, [{**row, "losses": play_arm(family, index, agent, spec).tolist()}])
+                if (family, index) not in best:
+                    row = reference(family, index, train_rows)
+                    append_lines(path, [row | {"train_rows": asked}])
+                    best[family, index] = row["rate"]
+                oracles = {name: ("", *told(best[family, index], timing)) for name, timing in TOLD.items()}
+                for name, (what, agent, spec) in (arms | oracles).items():
+                    if (family, index, name) in done:
+                        continue
+                    losses = play_arm(family, index, agent, spec, train_rows).tolist()
+                    row = {"family": family, "index": index, "arm": name, "what": what}
+                    append_lines(path, [row | {"train_rows": asked, "losses": losses}])
                 progress.advance(bar)
 
 
@@ -216,8 +244,9 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", action="append", help="a family; several may be given; all four without")
+    parser.add_argument("--family", action="append", help="several may be given; default: the default brain's")
     parser.add_argument("--tasks", type=int, default=24, help="tasks of each family")
+    parser.add_argument("--train-rows", type=int, nargs=2, metavar=("LOW", "HIGH"), help="default: each family's own")
     parser.add_argument("--brain", action="append", default=[], help="NAME=FOLDER, another arm")
     parser.add_argument("--table", action="store_true", help="compute nothing")
     parser.add_argument("--out", type=Path, default=Path("in-family"))
@@ -225,7 +254,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     if not asked.table:
         asked.out.mkdir(parents=True, exist_ok=True)
-        run(asked.family or ("mlp", "image_mlp", "quadratic", "cnn"), asked.tasks, asked.brain, asked.out, console)
+        rows = tuple(asked.train_rows) if asked.train_rows else None
+        try:
+            run(asked.family or FAMILIES, asked.tasks, asked.brain, rows, asked.out, console)
+        except InputError as error:
+            parser.error(str(error))
     text = render(read_lines(asked.out / "rows.jsonl"))
     atomic_write(asked.out / "table.md", text)
     print(text)

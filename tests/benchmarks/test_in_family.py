@@ -57,12 +57,40 @@ def test_what_is_kept_is_not_computed_again_but_for_another_brain(small, tmp_pat
     asked = ["--family", "quadratic", "--tasks", "1", "--out", str(tmp_path)]
     assert in_family.main(asked) == 0
     first = (tmp_path / "rows.jsonl").read_text()
-    assert [json.loads(line)["arm"] for line in first.splitlines()] == ["reference", "uwhg", "default"]
+    arms = ["reference", "uwhg", "default", "told after 1 %", "told after 6 %"]
+    assert [json.loads(line)["arm"] for line in first.splitlines()] == arms
     in_family.main(asked)
     assert (tmp_path / "rows.jsonl").read_text() == first
     rows = [json.loads(line) for line in first.splitlines()]
     rows[2].update(what="another brain", losses=[1.0, 1.0])
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     in_family.main(asked)
-    assert (tmp_path / "rows.jsonl").read_text() == first
+    again = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert sorted(again) == sorted(first.splitlines())
     assert capsys.readouterr().out.count("| quadratic | 1 |") == 3
+
+
+def test_who_is_told_the_rate_is_at_it_from_the_next_step_on(small):
+    kept = in_family.reference("quadratic", 1)
+    agent, spec = in_family.told(kept["rate"], in_family.TOLD["told after 1 %"])
+    batch = in_family.many(in_family.draw_run("quadratic", 1), [1e-5, 1e-3], [1, 2])
+    envs = in_family.TrainingVectorEnv(2, ("quadratic",), spec=spec)
+    observation, infos = envs.begin([batch])
+    assert infos["lr"] == pytest.approx([1e-5, 1e-3])
+    assert infos["spent"].tolist() == [max(2, round(0.01 * batch.total_steps))] * 2
+    actions, _ = agent.predict(observation)
+    infos = envs.step(actions)[4]
+    assert infos["lr"] == pytest.approx([kept["rate"]] * 2)
+    losses = in_family.play_arm("quadratic", 1, agent, spec)
+    assert in_family.limited(losses, kept["limit"]).mean() < kept["losses"]["cosine at a drawn rate"]
+
+
+def test_tasks_with_other_rows_are_refused_and_not_mixed(small, tmp_path, capsys):
+    asked = ["--family", "quadratic", "--tasks", "1", "--out", str(tmp_path), "--train-rows"]
+    in_family.main([*asked, "64", "64"])
+    first = (tmp_path / "rows.jsonl").read_text()
+    assert in_family.draw_run("quadratic", 0, (64, 64)).tasks[0].train.inputs.shape[0] == 64
+    with pytest.raises(SystemExit):
+        in_family.main([*asked, "128", "128"])
+    assert "is of tasks with train_rows [64, 64], not [128, 128]; take another --out" in capsys.readouterr().err
+    assert (tmp_path / "rows.jsonl").read_text() == first
