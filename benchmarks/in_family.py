@@ -66,7 +66,8 @@ TIMINGS = (Timing(None, 20, 6), Timing(None, 20, 7))
 HEAD = """# Fresh tasks of trained families
 
 Final loss over that of a cosine tuned to the task: geometric mean over tasks, 95 % by bootstrap over tasks in
-brackets. No evidence for other tasks: agents were taught on these families. `told` arms know the tuned rate from then on.
+brackets. No evidence for other tasks: agents were taught on these families. `told` arms know the tuned rate from
+then on.
 
 """
 
