@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy import stats
 
 from trimtab.agents.base import Array
@@ -74,6 +75,9 @@ def make_figure(learners: Sequence[Sequence[Mapping[str, Any]]], held_out: Seque
     ratios_seen = [row["families"][family]["ratio_uwhg"] for rows in looks for row in rows for family in families]
     if max(ratios_seen) > 3 * min(ratios_seen):
         right.set_yscale("log")
+        right.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        right.yaxis.set_minor_formatter(NullFormatter())
     right.legend(frameon=False, fontsize=8)
     return figure
 

@@ -63,3 +63,17 @@ def test_four_learners_have_a_mean_and_no_band():
     assert drawn(right, "quadratic")[0].get_ydata()[1] == pytest.approx(2.0**1.5)
     assert not left.collections
     assert not right.collections
+
+
+def test_ratios_far_apart_stand_on_a_log_scale_with_plain_numbers():
+    figure = curves.make_figure(FIVE, ["mlp"])
+    figure.draw_without_rendering()
+    axis = figure.axes[1]
+    low, high = axis.get_ylim()
+    shown = [
+        text.get_text()
+        for place, text in zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)
+        if low <= place <= high
+    ]
+    assert axis.get_yscale() == "log"
+    assert shown == ["1", "1.5", "2", "3", "5", "7", "10", "15"]
