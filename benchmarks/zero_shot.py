@@ -1,13 +1,15 @@
 """One run from any learning rate, against tuned schedules: the benchmark that the default brain is judged by.
 
-    python benchmarks/zero_shot.py --data-dir DIR [--part NAME ...] [--workers 2] [--brain DIR ...] [--out DIR]
+    python benchmarks/zero_shot.py --data-dir DIR [--members] [--part NAME ...] [--workers 2] [--brain DIR ...]
+                                   [--out DIR]
     python benchmarks/zero_shot.py --table [--out DIR]      the tables, from what is kept
     python benchmarks/zero_shot.py --plan                   runs and hours of each part, without running
 
 A part is a task with an optimizer. On each, cosine is tuned (16 rates, 8 seeds to choose by validation loss, 8 others
 to report the test loss), and so are WSD, plateau, Schedule-Free and a constant rate; the brains, the rule `uwhg` and
 whatever else claims to need no tuning get one run for each report seed, from rates drawn log-uniformly from 1e-5..1e-1.
-What is counted, and how, stands under the tables.
+What is counted, and how, stands under the tables. --members lets the networks that the default brain is the mean of
+play by themselves as well, each an arm `brain:member-N`: one network is what one seed of its recipe learned.
 
 Every run's numbers are kept in OUT/PART.json, so a part that was interrupted goes on where it was, and an arm that is
 not what it was (another default brain) is run anew, alone. Without --part, all parts that are not complete are run.
@@ -26,6 +28,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from zero_shot_suite.arms import DRAWN, TUNED, identity
@@ -36,6 +39,8 @@ from zero_shot_suite.summary import summarize
 from zero_shot_suite.table import render
 
 from trimtab import registry
+from trimtab.agents.policy import PolicyAgent
+from trimtab.brain import Brain
 from trimtab.errors import InputError, RunFailedError, TrimtabError
 from trimtab.executors import Event, Executor, make_executor
 from trimtab.storage import atomic_write
@@ -151,12 +156,33 @@ def _brains(folders: Sequence[Path]) -> dict[str, str]:
     return brains
 
 
+def default_members() -> list[Brain]:
+    """The networks that the default brain is the mean of, each as a brain of its own.
+
+    Raises:
+        InputError: It is no mean of several.
+    """
+    brain = Brain.load("default")
+    agent = brain.agent
+    if not isinstance(agent, PolicyAgent) or agent.members == 1:
+        raise InputError("the default brain is no mean of several networks; leave --members out")
+    found = []
+    for index in range(agent.members):
+        alone = type(agent)(**{**agent.options, "members": 1}, n_knobs=agent.n_knobs)
+        state = agent.state_dict()
+        alone.load_state_dict({key: value if key == "rng" else value[index : index + 1] for key, value in state.items()})
+        found.append(replace(brain, agent=alone))
+    return found
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Run the parts that were asked for, or all that are missing."""
     options = Options(arguments.rates, arguments.seeds, min(arguments.other_seeds, arguments.seeds))
     for package in ("schedulefree", "prodigyopt"):
         import_extra(package)
-    brains = _brains(arguments.brain)
+    members = default_members() if arguments.members else []
+    folders = [member.save(arguments.out / "members" / f"member-{index}") for index, member in enumerate(members)]
+    brains = _brains([*arguments.brain, *folders])
     arms = {arm: identity(arm, brains) for arm in (*TUNED, *DRAWN, *(f"brain:{name}" for name in brains))}
     asked = [find_part(name) for name in arguments.part or PARTS]
     all_kept = [open_part(part, arguments.out, options, arms) for part in asked]
@@ -187,8 +213,9 @@ def plan(arguments: argparse.Namespace) -> None:
     """Show the budget."""
     options = Options(arguments.rates, arguments.seeds, min(arguments.other_seeds, arguments.seeds))
     total = 0.0
+    n_brains = len(arguments.brain) + (len(default_members()) if arguments.members else 0)
     for part in map(find_part, arguments.part or PARTS):
-        runs = count_jobs(part, options, len(arguments.brain))
+        runs = count_jobs(part, options, n_brains)
         total += runs * part.cost_s
         print(f"{part.name:20s} {runs:5d} runs of {part.cost_s:5.2f} CPU s: {runs * part.cost_s / 60:6.1f} CPU minutes")
     hours = total / 3600 / max(1, arguments.workers)
@@ -206,6 +233,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=8, help="to choose by, and as many others to report")
     parser.add_argument("--other-seeds", type=int, default=4, help="to choose by, of the tuned arms beside cosine")
     parser.add_argument("--brain", type=Path, action="append", default=[], metavar="DIR", help="a further arm")
+    parser.add_argument("--members", action="store_true", help="the networks of the default brain as further arms")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "zero_shot")
     arguments = parser.parse_args(given)

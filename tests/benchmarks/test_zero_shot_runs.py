@@ -490,3 +490,22 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     )
     assert zero_shot.main(["--plan", "--part", "x"]) == 2
     assert "unknown part 'x'" in capsys.readouterr().err
+
+
+def test_the_members_of_the_default_brain_have_it_as_their_mean():
+    whole = Brain.load("default")
+    members = zero_shot.default_members()
+    assert len(members) == whole.agent.members == 5
+    assert {member.spec.fingerprint for member in members} == {whole.spec.fingerprint}
+    joined = type(whole.agent).join([member.agent for member in members])
+    seen = np.random.default_rng(0).normal(size=(50, len(whole.spec.signals)))
+    np.testing.assert_array_equal(joined.outputs(seen), whole.agent.outputs(seen))
+    assert not np.allclose(members[0].agent.outputs(seen), members[1].agent.outputs(seen))
+
+
+def test_the_plan_counts_members_as_brains(capsys):
+    totals = []
+    for given in ([], ["--members"]):
+        assert zero_shot.main(["--plan", "--part", "digits-mlp-60", *given]) == 0
+        totals.append(int(capsys.readouterr().out.split()[1]))
+    assert totals[1] - totals[0] == 5 * 8
