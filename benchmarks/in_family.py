@@ -16,8 +16,8 @@ Of each task: a cosine at each of 16 rates with the choosing seeds, and at the r
 with the report seeds; the arms, once for each report seed, from rates spread evenly over the logarithm of 1e-5..1e-1,
 told the validation loss at every decision. Losses are those at the end on the split that is never observed. One below
 1e-3 counts as 1e-3; one that is not finite, or above twice the least at which a run of the task started, as that: for
-every arm. Intervals: 95 %, bootstrap over tasks. Kept in OUT/rows.jsonl as they end, one line a task and arm; a line
-that is there is not computed again. About 10 s a task with two arms on one core.
+every arm. Intervals: 95 %, bootstrap over tasks (expanded percentiles, none of few tasks). Kept in OUT/rows.jsonl as
+they end, one line a task and arm; a line that is there is not computed again. About 10 s a task on one core.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from zero_shot_suite.arms import identity
-from zero_shot_suite.figures import geometric_mean
+from zero_shot_suite.figures import bootstrap_groups, geometric_mean
 from zero_shot_suite.parts import rate_grid
 
 from trimtab.agents.base import Agent, Base, Timing
@@ -169,12 +169,14 @@ def run(
     families: Sequence[str], n_tasks: int, brains: Sequence[str], train_rows: Rows, out: Path, console: Console
 ) -> None:
     """Compute what is missing."""
+    EpisodeOptions(families=tuple(families), train_rows=train_rows)  # refuses what nothing can be drawn from
     path = out / "rows.jsonl"
     arms = load_arms(brains)
     rows = [row for row in read_lines(path) if row["arm"] not in arms or row["what"] == arms[row["arm"]][0]]
     asked = list(train_rows) if train_rows else None
     if any(row["train_rows"] != asked for row in rows):
         raise InputError(f"{path} is of tasks with train_rows {rows[0]['train_rows']}, not {asked}; take another --out")
+    out.mkdir(parents=True, exist_ok=True)
     atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))  # less what was another brain
     best = {(row["family"], row["index"]): row["rate"] for row in rows if row["arm"] == "reference"}
     done = {(row["family"], row["index"], row["arm"]) for row in rows}
@@ -235,18 +237,18 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
             if not there:
                 cells.append("-")
                 continue
-            low, high = _interval(there)
-            cells.append(f"{geometric_mean(there):.3f} [{low:.2f}, {high:.2f}]")
+            cells.append(f"{geometric_mean(there):.3f}{_interval(there)}")
         lines.append(f"| {name} | {len(keys)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % for a geometric mean, by resampling tasks."""
+def _interval(values: Sequence[float]) -> str:
+    """95 % for a geometric mean, by resampling tasks; nothing of too few."""
     logs = np.log(values)
-    draws = np.random.default_rng(0).integers(len(logs), size=(2000, len(logs)))
-    low, high = np.quantile(logs[draws].mean(axis=1), (0.025, 0.975))
-    return float(np.exp(low)), float(np.exp(high))
+    found = bootstrap_groups(
+        [str(index) for index in range(len(logs))], lambda drawn, _: float(np.exp(logs[drawn].mean())), n=2000
+    )
+    return "" if found is None else f" [{found[0]:.2f}, {found[1]:.2f}]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -261,7 +263,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     console = Console(stderr=True)
     if not asked.table:
-        asked.out.mkdir(parents=True, exist_ok=True)
         rows = tuple(asked.train_rows) if asked.train_rows else None
         try:
             run(asked.family or FAMILIES, asked.tasks, asked.brain, rows, asked.out, console)

@@ -169,8 +169,8 @@ def default_members() -> list[Brain]:
     found = []
     for index in range(agent.members):
         alone = type(agent)(**{**agent.options, "members": 1}, n_knobs=agent.n_knobs)
-        state = agent.state_dict()
-        alone.load_state_dict({key: value if key == "rng" else value[index : index + 1] for key, value in state.items()})
+        own = {key: value[index : index + 1] for key, value in agent.state_dict().items() if key != "rng"}
+        alone.load_state_dict({**alone.state_dict(), **own})
         found.append(replace(brain, agent=alone))
     return found
 

@@ -85,6 +85,20 @@ def test_who_is_told_the_rate_is_at_it_from_the_next_step_on(small):
     assert in_family.limited(losses, kept["limit"]).mean() < kept["losses"]["cosine at a drawn rate"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        (["--family", "mlp", "--family", "nope"], "unknown family of tasks 'nope'"),
+        (["--train-rows", "9", "3"], "train_rows is (9, 3)"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_anything_is_trained_or_written(asked, error, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        in_family.main([*asked, "--out", str(tmp_path / "out")])
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_tasks_with_other_rows_are_refused_and_not_mixed(small, tmp_path, capsys):
     asked = ["--family", "quadratic", "--tasks", "1", "--out", str(tmp_path), "--train-rows"]
     in_family.main([*asked, "64", "64"])
