@@ -3,7 +3,7 @@
 Twice: `trimtab` is the rule `uwhg` with a decision every 10 optimizer steps; `default` is the default brain at its own
 times (25 in a run), told the model, so that it keeps the averaged weights too.
 
-    python benchmarks/overhead.py [--task digits-mlp] [--pairs 30] [--data-dir DIR] [--out FILE.json]
+    python benchmarks/overhead.py [--task digits-mlp] [--pairs 30] [--steps N] [--data-dir DIR] [--out FILE.json]
     python benchmarks/overhead.py --all-knobs [--without optimizer ...]
 
 The second line measures a `Controller` that has every knob and every signal, on a convolutional network and on a
@@ -221,11 +221,10 @@ def load(task, name: str, data_dir: Path | None, folder: Path) -> Data:
     return task.load(stand_in_text(folder) if data_dir is None and name == "shakespeare-gpt" else data_dir)
 
 
-def measure(name: str, kinds: tuple[str, ...], pairs: int, data_dir: Path | None, folder: Path) -> dict:
-    """Run the loops `pairs` times in turn."""
+def measure(name: str, kinds: tuple[str, ...], pairs: int, steps: int, data_dir: Path | None, folder: Path) -> dict:
+    """Run the loops of `steps` optimizer steps `pairs` times in turn."""
     task = registry.load("task", name)("small")
     data = load(task, name, data_dir, folder)
-    steps = STEPS[name]
     seconds = {kind: [] for kind in kinds}
     decisions, faults = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0)
     for kind in kinds:
@@ -274,12 +273,15 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(STEPS), action="append", help="default: both")
     parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--steps", type=int, metavar="N", help="of each loop; default: a few seconds of the task")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--all-knobs", action="store_true", help="every knob and signal, on a CNN and a BiLSTM")
     parser.add_argument("--structural", action="store_true", help="with --all-knobs: layers and units too")
     parser.add_argument("--without", action="append", default=[], metavar="KNOB", help="with --all-knobs: not this one")
     parser.add_argument("--out", type=Path, help="default: results/overhead.json, or overhead_knobs.json")
     arguments = parser.parse_args(given)
+    if arguments.steps is not None and arguments.steps < 10:
+        parser.error(f"--steps {arguments.steps}: a loop has at least 10 optimizer steps")
     torch.set_num_threads(1)
     results, pairs = [], arguments.pairs
     kinds, tasks = (ALL_KINDS, ALL_TASKS) if arguments.all_knobs else (KINDS, TASKS)
@@ -287,7 +289,8 @@ def main(given: Sequence[str] | None = None) -> None:
     WITHOUT.update(arguments.without, () if arguments.structural else STRUCTURAL)
     for name in arguments.task or tasks:
         with tempfile.TemporaryDirectory() as folder:
-            results.append(measure(name, kinds, pairs, arguments.data_dir, Path(folder)))
+            steps = arguments.steps or STEPS[name]
+            results.append(measure(name, kinds, pairs, steps, arguments.data_dir, Path(folder)))
         row = results[-1]
         for kind in kinds[1:]:
             low, high = row[kind]["share_quartiles"]

@@ -47,3 +47,13 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest
     assert "optimizer" not in row["knobs"]
     assert row["every-10"]["decisions"] == len(row["knobs"]) - 2  # one decision; no dropout, and no weight decay
     assert 0 < row["default-times"]["share_in_calls"] < 50
+
+
+def test_a_loop_has_as_many_steps_as_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overhead.main(["--task", "digits-mlp", "--pairs", "1", "--steps", "40", "--out", str(tmp_path / "o.json")])
+    (row,) = json.loads((tmp_path / "o.json").read_text())["results"]
+    assert (row["steps_a_loop"], row["trimtab"]["decisions"]) == (40, 3)  # every 10, none at the end
+    with pytest.raises(SystemExit):
+        overhead.main(["--task", "digits-mlp", "--steps", "9", "--out", str(tmp_path / "p.json")])
+    assert "--steps 9: a loop has at least 10 optimizer steps" in capsys.readouterr().err
+    assert not (tmp_path / "p.json").exists()
