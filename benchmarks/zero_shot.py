@@ -15,9 +15,9 @@ Every run's numbers are kept in OUT/PART.json, so a part that was interrupted go
 not what it was (another default brain) is run anew, alone. Without --part, all parts that are not complete are run.
 Needs the extra: pip install "trimtab[baselines]".
 
-Budget: 5,090 runs, 3.6 CPU hours as measured on one thread of a machine that was otherwise busy: 1.8 hours with two
-workers on two free cores, of three that were granted. Each --brain adds 104 runs and 4.4 CPU minutes; another default
-brain is 416 runs and 18 CPU minutes. --plan says it for each part.
+Budget, as measured: 4,992 runs and 3.15 CPU hours, 1.6 hours with two workers on two free cores, of three that were
+granted. Each --brain adds 104 runs and 4 CPU minutes, --members five times that; another default brain is 416 runs and
+16 CPU minutes. --plan says it for each part, by a machine that was busy (3.6 CPU hours).
 """
 
 from __future__ import annotations
