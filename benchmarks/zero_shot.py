@@ -201,7 +201,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(folder: Path) -> None:
     """Write the tables from what is kept, and show them."""
-    summary = summarize(load_all(folder))
+
+    def show(line: str) -> None:
+        if sys.stderr.isatty():
+            print(f"{line:60s}", end="\r", file=sys.stderr, flush=True)
+
+    summary = summarize(load_all(folder), show)
+    show("")
     text = render(summary)
     atomic_write(folder / "table.json", json.dumps(summary, indent=1) + "\n")
     atomic_write(folder / "table.md", text)

@@ -128,11 +128,12 @@ def _column(kept: Kept, column: str) -> _Column | None:
     return _Column(kept, losses, initial_rates, known, best_arm, pool)
 
 
-def summarize(parts: Sequence[Kept]) -> dict[str, Any]:
+def summarize(parts: Sequence[Kept], show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """All figures of the tables.
 
     Args:
         parts: What is kept; a part that lacks runs of a tuned arm is named and left out.
+        show: Told what is worked out at the moment: the intervals of all parts take a minute.
 
     Returns:
         head, incomplete (names), and for each of "final", "best" and "averaged": parts (a list), arms (arm -> figures
@@ -143,7 +144,7 @@ def summarize(parts: Sequence[Kept]) -> dict[str, Any]:
         made = [(kept.part.name, _column(kept, column)) for kept in parts]
         summary["incomplete"] = [name for name, item in made if item is None]
         columns = [item for _, item in made if item is not None]
-        summary[column] = _over_parts(columns, column) if columns else None
+        summary[column] = _over_parts(columns, column, show) if columns else None
     if summary["final"] is not None:
         _compare_averaging(summary["best"], summary["averaged"])
     return summary
@@ -178,11 +179,15 @@ def _arms_of(parts: Sequence[Kept]) -> list[str]:
     return list(dict.fromkeys(arm for kept in parts for arm in kept.arms))
 
 
-def _over_parts(columns: Sequence[_Column], column: str) -> dict[str, Any]:
+def _over_parts(columns: Sequence[_Column], column: str, show: Callable[[str], None]) -> dict[str, Any]:
     arms = [arm for arm in dict.fromkeys(arm for c in columns for arm in c.losses)]
+    rows = {}
+    for index, arm in enumerate(arms):
+        show(f"intervals, {column} weights: arm {index + 1} of {len(arms)}")
+        rows[arm] = _arm_row(arm, columns, column)
     data: dict[str, Any] = {
         "parts": [_part_row(item, column) for item in columns],
-        "arms": {arm: _arm_row(arm, columns, column) for arm in arms},
+        "arms": rows,
         "cosine_at_random": _search_row(columns),
         "brains": _brains(columns),
     }
