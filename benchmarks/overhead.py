@@ -280,6 +280,14 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--without", action="append", default=[], metavar="KNOB", help="with --all-knobs: not this one")
     parser.add_argument("--out", type=Path, help="default: results/overhead.json, or overhead_knobs.json")
     arguments = parser.parse_args(given)
+    if arguments.pairs < 1:
+        parser.error(f"--pairs {arguments.pairs}: at least one round")
+    if (arguments.without or arguments.structural) and not arguments.all_knobs:
+        parser.error("--without and --structural say which knobs --all-knobs has; give that too")
+    if unknown := set(arguments.without) - set(registry.names("knob")):
+        parser.error(
+            f"--without {', '.join(sorted(unknown))}: known knobs: {', '.join(sorted(registry.names('knob')))}"
+        )
     if arguments.steps is not None and arguments.steps < 10:
         parser.error(f"--steps {arguments.steps}: a loop has at least 10 optimizer steps")
     torch.set_num_threads(1)

@@ -26,11 +26,13 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
 from zero_shot_suite.arms import DRAWN, TUNED, identity
 from zero_shot_suite.parts import PARTS, Options, Part, find_part
 from zero_shot_suite.plan import count_jobs, next_jobs, partner
@@ -175,13 +177,18 @@ def default_members() -> list[Brain]:
     return found
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Run the parts that were asked for, or all that are missing."""
+def run(arguments: argparse.Namespace, members_in: Path) -> None:
+    """Run the parts that were asked for, or all that are missing.
+
+    Args:
+        arguments: Of the command.
+        members_in: An empty folder for the networks of the default brain: workers load what they run from a folder.
+    """
     options = Options(arguments.rates, arguments.seeds, min(arguments.other_seeds, arguments.seeds))
     for package in ("schedulefree", "prodigyopt"):
         import_extra(package)
     members = default_members() if arguments.members else []
-    folders = [member.save(arguments.out / "members" / f"member-{index}") for index, member in enumerate(members)]
+    folders = [member.save(members_in / f"member-{index}") for index, member in enumerate(members)]
     brains = _brains([*arguments.brain, *folders])
     arms = {arm: identity(arm, brains) for arm in (*TUNED, *DRAWN, *(f"brain:{name}" for name in brains))}
     asked = [find_part(name) for name in arguments.part or PARTS]
@@ -201,13 +208,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(folder: Path) -> None:
     """Write the tables from what is kept, and show them."""
-
-    def show(line: str) -> None:
-        if sys.stderr.isatty():
-            print(f"{line:60s}", end="\r", file=sys.stderr, flush=True)
-
-    summary = summarize(load_all(folder), show)
-    show("")
+    with Console(stderr=True).status("reading") as status:
+        summary = summarize(load_all(folder), status.update)
     text = render(summary)
     atomic_write(folder / "table.json", json.dumps(summary, indent=1) + "\n")
     atomic_write(folder / "table.md", text)
@@ -245,11 +247,18 @@ def main(given: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     try:
         if arguments.table:
+            others = [name for name in vars(arguments) if name not in ("table", "out")]
+            given = [name.replace("_", "-") for name in others if getattr(arguments, name) != parser.get_default(name)]
+            if given:
+                raise InputError(
+                    f"--table tells of all that --out holds and runs nothing; leave out --{', --'.join(given)}"
+                )
             table(arguments.out)
         elif arguments.plan:
             plan(arguments)
         else:
-            run(arguments)
+            with tempfile.TemporaryDirectory() as folder:
+                run(arguments, Path(folder))
     except TrimtabError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

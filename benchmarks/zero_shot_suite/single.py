@@ -1,8 +1,8 @@
 """One run of one arm on one part: train, watch validation at the task's `eval_every`, read test at the end.
 
-Called in worker processes by `plan.run_part`. Every arm goes through the same `TrainingLoop` and the same loop below;
-an arm differs by what is called after each optimizer step. The validation loss is measured for every arm alike, for
-its best weights and for the time to the target; who is told of it is said in `arms`.
+Called in worker processes by `zero_shot.run_part`. Every arm goes through the same `TrainingLoop` and the same loop
+below; an arm differs by what is called after each optimizer step. The validation loss is measured for every arm alike,
+for its best weights and for the time to the target; who is told of it is said in `arms`.
 """
 
 from __future__ import annotations

@@ -49,11 +49,25 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest
     assert 0 < row["default-times"]["share_in_calls"] < 50
 
 
-def test_a_loop_has_as_many_steps_as_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loop_has_as_many_steps_as_asked_for(tmp_path: Path) -> None:
     overhead.main(["--task", "digits-mlp", "--pairs", "1", "--steps", "40", "--out", str(tmp_path / "o.json")])
     (row,) = json.loads((tmp_path / "o.json").read_text())["results"]
     assert (row["steps_a_loop"], row["trimtab"]["decisions"]) == (40, 3)  # every 10, none at the end
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (["--steps", "9"], "--steps 9: a loop has at least 10 optimizer steps"),
+        (["--pairs", "0"], "--pairs 0: at least one round"),
+        (["--without", "lr"], "--without and --structural say which knobs --all-knobs has; give that too"),
+        (["--all-knobs", "--without", "nope"], "--without nope: known knobs: accumulation, "),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    given: list[str], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        overhead.main(["--task", "digits-mlp", "--steps", "9", "--out", str(tmp_path / "p.json")])
-    assert "--steps 9: a loop has at least 10 optimizer steps" in capsys.readouterr().err
-    assert not (tmp_path / "p.json").exists()
+        overhead.main([*given, "--out", str(tmp_path / "o.json")])
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "o.json").exists()

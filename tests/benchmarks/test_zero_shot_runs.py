@@ -490,6 +490,16 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     )
     assert zero_shot.main(["--plan", "--part", "x"]) == 2
     assert "unknown part 'x'" in capsys.readouterr().err
+    assert zero_shot.main(["--table", "--members", "--data-dir", "d", "--rates", "8", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "\nerror: --table tells of all that --out holds and runs nothing; leave out --rates, --members, --data-dir\n"
+    )
+
+
+def test_members_are_not_left_behind_where_nothing_is_run(tmp_path, capsys):
+    assert zero_shot.main(["--members", "--part", "x", "--out", str(tmp_path / "out")]) == 2
+    assert "unknown part 'x'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_members_of_the_default_brain_have_it_as_their_mean():
