@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError, OutputError, RunFailedError
+from trimtab.storage import remove_temporary
 
 __all__ = ["WorkFolder", "nothing_is_bad_input", "where_they_differ"]
 
@@ -74,6 +75,8 @@ class WorkFolder:
     def hold(self, resume: bool) -> Iterator[None]:
         """Have the folder, for this process alone; what was made of it is taken away if nothing came into it.
 
+        What killed processes left in it under temporary names is removed: with the folder held, nobody writes there.
+
         Args:
             resume: Whether something may be in it.
 
@@ -96,6 +99,7 @@ class WorkFolder:
                 ) from error
             if not resume and self._content():
                 raise OutputError(f"{out} has just been filled by another process; give another --out")
+            remove_temporary(out)
             yield
         except BaseException:
             for path in made:

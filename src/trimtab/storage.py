@@ -14,8 +14,10 @@ can run code, and one rename replaces it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -34,11 +36,14 @@ __all__ = [
     "load_state",
     "read_json",
     "read_lines",
+    "remove_temporary",
     "save_state",
+    "temporary_folder",
     "write_json",
 ]
 
 _HEADER = "trimtab_state"
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # what mkstemp and mkdtemp make of the words below
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -51,7 +56,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(raw)
             file.flush()
@@ -64,6 +69,28 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}; give a folder that can be written (--out) and has space"
         ) from error
+
+
+def temporary_folder(folder: Path, name: str) -> Path:
+    """Make a folder of a temporary name in another one, for files that are renamed out of it together.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    return Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=folder))
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed writers left under temporary names in a folder and all below it, links not followed.
+
+    Nobody else may be writing there. What cannot be removed stays: it is in nobody's way.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in filter(_TEMPORARY.fullmatch, files):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(place, name))
+        for name in filter(_TEMPORARY.fullmatch, folders):
+            shutil.rmtree(os.path.join(place, name), ignore_errors=True)
 
 
 def _umask() -> int:

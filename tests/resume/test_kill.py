@@ -84,12 +84,8 @@ def wait_for_a_moment(draw, process, out):
 
 
 def files(out):
-    """What lies in a study, but for plots; of experience without the place and the token in a file's name.
-
-    What a killed writer left there under a temporary name is no experience.
-    """
-    names = [path.relative_to(out).as_posix() for path in out.rglob("*") if "plots" not in path.parts]
-    names = [name for name in names if not re.match(r"experience/[0-9a-f]+/\.", name)]
+    """What lies in a study, hidden files too; of experience without the place and the token in a file's name."""
+    names = [path.relative_to(out).as_posix() for path in out.rglob("*")]
     stored = re.compile(r"(experience/[0-9a-f]+/)[0-9]{8}-(.*)-[0-9a-f]{12}(\.safetensors)")
     return sorted(stored.sub(r"\1\2\3", name) for name in names)
 

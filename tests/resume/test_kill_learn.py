@@ -53,6 +53,8 @@ def content(out):
             found[name] = [without_times(json.loads(line)) for line in lines]
         elif path.suffix == ".safetensors":
             found[name] = path.read_bytes()
+        else:
+            found[name] = None  # a picture, a text with times in it, a folder: that it is there
     return found
 
 

@@ -25,7 +25,9 @@ from trimtab.storage import (
     load_state,
     read_json,
     read_lines,
+    remove_temporary,
     save_state,
+    temporary_folder,
     write_json,
 )
 
@@ -68,6 +70,32 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"cannot write .*taken/file"):
         atomic_write(tmp_path / "taken" / "file", "new")
     assert files(tmp_path) == ["taken"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class KilledError(BaseException):
+        """No OSError: as after kill -9, nobody tidies up."""
+
+    def killed(*_arguments: Any) -> None:
+        raise KilledError
+
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    for name in ("file.txt", "a/b/.hidden", "a/notes.tmp", "a/.mine.tmp", "a/.mine.with-dash.tmp"):
+        atomic_write(work / name, "kept")
+    atomic_write(temporary_folder(work / "a", "saving") / "weights", "half of it")
+    monkeypatch.setattr("trimtab.storage.os.replace", killed)
+    for path in (work / "file.txt", work / "a/b/.hidden", elsewhere / "file.txt"):
+        with pytest.raises(KilledError):
+            atomic_write(path, "new")
+    (work / "link").symlink_to(elsewhere)
+    others = [name for name in files(tmp_path) if not name.startswith("work/")]
+    kept = ["a", "a/.mine.tmp", "a/.mine.with-dash.tmp", "a/b", "a/b/.hidden", "a/notes.tmp", "file.txt", "link"]
+    assert len(files(work)) == len(kept) + 4  # two files, and a folder with one in it
+    assert len(others) == 3  # the two folders, and in the second a file that is nobody's business
+    remove_temporary(work)
+    assert files(work) == kept
+    assert [name for name in files(tmp_path) if not name.startswith("work/")] == others
+    remove_temporary(tmp_path / "missing")
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -45,7 +44,7 @@ from trimtab.pruning.document import (
     checksum,
     read_document,
 )
-from trimtab.storage import atomic_write
+from trimtab.storage import atomic_write, temporary_folder
 from trimtab.surgery import Deepened
 
 __all__ = ["load_pruned", "save_pruned"]
@@ -240,7 +239,7 @@ def _write_both(folder: Path, text: str, raw: bytes) -> None:
     new: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        new = temporary_folder(folder, "saving")
         atomic_write(new / _DOCUMENT, text)
         atomic_write(new / _WEIGHTS, raw)
         # The document first: a folder that has weights alone is never ours.

@@ -220,6 +220,26 @@ def test_two_processes_do_not_share_a_folder(tmp_path, study_file):
     assert run(study_file, out=out, workers=0).exit_code == 0
 
 
+@pytest.mark.parametrize("name", ["study.json", "run.json", "result.json"])
+def test_what_a_killed_run_left_half_written_is_gone_after_the_next(tmp_path, study_file, monkeypatch, name):
+    class KilledError(BaseException):
+        """As after kill -9, nobody tidies up."""
+
+    def killed(source, path):
+        if path.name == name:
+            raise KilledError
+        rename(source, path)
+
+    out, rename = tmp_path / "out", os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KilledError):
+            run(study_file, out=out, workers=0)
+    assert len([path for path in out.rglob(".*") if path.name.startswith(f".{name}.")]) == 1
+    assert run(study_file, out=out, workers=0, resume=name != "study.json").exit_code == 0
+    assert list(out.rglob(".*")) == []
+
+
 def test_no_space_for_the_plan_leaves_nothing_behind(tmp_path, study_file, monkeypatch):
     def no_space(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
