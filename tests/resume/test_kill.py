@@ -19,7 +19,7 @@ study: tiny
 idea: killed at random
 tasks: [digits-mlp]
 arms: [constant, uwhg, q_learning, placebo:q_learning, yoked:q_learning]
-n_seeds: 2
+n_seeds: 4
 lr: 0.001
 total_steps: 400
 every: 10
@@ -75,7 +75,7 @@ def wait_for_a_moment(draw, process, out):
     if draw.random() < 0.3:
         more, rest_s = 0, draw.uniform(0.1, 5.0)
     else:
-        more, rest_s = draw.randint(1, 3), draw.uniform(0.0, 0.5)
+        more, rest_s = draw.randint(1, 2), draw.uniform(0.0, 0.5)
     target = count(out) + more
     while process.poll() is None and count(out) < target:
         time.sleep(0.01)
@@ -98,15 +98,17 @@ def test_killed_ten_times_a_study_ends_with_the_same_results(tmp_path):
     draw = random.Random(20261121)
     out = tmp_path / "killed"
     states: list[int] = []
+    hits = 0
     while len(states) < N_KILLS:
         process = begin(tmp_path, out)
         wait_for_a_moment(draw, process, out)
-        assert process.poll() is None or count(out) == count(whole)
-        if len(states) % 3 == 2:
-            os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must follow it
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(ProcessLookupError):  # it was over a moment too soon
+            if len(states) % 3 == 2:
+                os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must follow it
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+        hits += process.wait() == -signal.SIGKILL
+        assert process.returncode == -signal.SIGKILL or count(out) == count(whole)
         deadline = time.monotonic() + 10
         while members(process.pid):
             assert time.monotonic() < deadline, "a worker outlives its killed parent"
@@ -114,6 +116,7 @@ def test_killed_ten_times_a_study_ends_with_the_same_results(tmp_path):
         states.append(count(out))
     assert states == sorted(states), states  # what was done stays done
     assert len(set(states)) > 4, states  # and the kills hit it at different moments
+    assert hits >= 8, states  # on a machine so fast that it was over before the last of them, two may miss
     last = subprocess.run(command(out), cwd=tmp_path, capture_output=True, text=True, check=False)
     assert last.returncode == 0, last.stderr
     assert results(out) == results(whole)
