@@ -51,7 +51,7 @@ def test_observations_and_rates_are_those_of_a_controller(
         is_sequence
     ):  # only at the end: at high rates their paths are chaotic, and rounding grows a thousandfold in ten steps
         moves[:-7] -= moves[:-7].mean(0)
-        moves[-7:] = 1.0
+        moves[-7:] = 2.0
     seen, rates, back = [observation], [infos["lr"]], [infos["rolled_back"]]
     for row in moves:
         observation, _, _, _, infos = env.step(row[:, None])

@@ -22,7 +22,7 @@ __all__ = ["ALPHABET", "CONTEXTS", "MODULES", "python_source", "read_codes"]
 # One class each: letters without their case, digits, blanks, ends of lines, "_", brackets, and all other signs.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0 \n_(."
 CONTEXTS = {8: 0.5, 16: 0.35, 24: 0.15}  # characters of a row: how likely
-# Modules of one file in every Python from 3.11 on, most of them of 10 to 100 thousand characters.
+# Modules of one file in every Python from 3.10 to 3.13, most of them of 10 to 100 thousand characters.
 MODULES = (
     "argparse", "ast", "bdb", "calendar", "cmd", "configparser", "copy", "csv", "dataclasses", "difflib", "doctest",
     "enum", "fileinput", "fractions", "ftplib", "functools", "getopt", "gettext", "gzip", "heapq", "imaplib", "inspect",

@@ -20,7 +20,7 @@ def text_of(codes):
 
 def test_every_module_is_there():
     lengths = [len(read_codes(name)) for name in MODULES]
-    assert min(lengths) > 4_000
+    assert min(lengths) > 3_500  # of Python 3.10 to 3.13
     assert 1_500_000 < sum(lengths) < 4_000_000
     assert len(ALPHABET) == len(set(ALPHABET)) == 32
     assert set(np.unique(np.concatenate([read_codes(name) for name in MODULES])).tolist()) == set(range(32))
