@@ -183,7 +183,7 @@ def test_wrong_names_and_numbers_are_refused():
         make_executor("local", "m:f", workers=-1)
 
 
-def wait_for(condition, timeout_s=20.0):
+def wait_for(condition, timeout_s=60.0):
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

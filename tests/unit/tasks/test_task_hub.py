@@ -55,7 +55,7 @@ def test_a_hub_that_hangs_is_left_alone_in_time_and_leaves_nothing(cache, monkey
     start = time.monotonic()
     with pytest.raises(MissingDataError) as caught:
         hub.fetch(SOURCE, "us/things", PATTERNS)
-    assert time.monotonic() - start < 4  # 60 if the child were waited for
+    assert time.monotonic() - start < 30  # 60 if the child were waited for
     assert str(caught.value) == (
         f"no things data: no data directory was given (--data-dir), us/things is not in {cache}, "
         "and the hub was tried once: no answer within 1 s. Ask for it."
