@@ -85,7 +85,9 @@ def test_observations_and_rates_are_those_of_a_controller(
                     settings.append(controller.state.settings["lr"])
             mine = np.array([*puppet.seen[1:], controller.last_observation])
             theirs = np.stack([row[place] for row in seen])
-            np.testing.assert_allclose(mine, theirs, atol=1e-7, rtol=1e-7)
+            calm = slice(-7 if is_sequence else None)  # see above; what then follows is compared less finely
+            np.testing.assert_allclose(mine[calm], theirs[calm], atol=1e-7, rtol=1e-7)
+            np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=1e-5)
             # The environment's rates are those an interval was trained at, the controller's those after a decision.
             after = np.array([row[place] for row in rates])
             is_cut = np.array([row[place] for row in back])
